@@ -1,0 +1,45 @@
+# Every target works on a machine that has only Python 3.11+, git and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install up down test test-fast lint soak bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+# The stamp makes a second `make` cost nothing; it is older than pyproject.toml when dependencies changed.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[control,worker,dev,plot]'
+	@touch $@
+
+install: $(VENV)/.installed  ## make .venv with everything in it
+
+up: install  ## serve the built-in model: router + 1 prefill worker + 1 decode worker (Ctrl-C stops)
+	$(BIN)/lanewise up $(ARGS)
+
+down: install  ## stop a detached `lanewise up --detach`
+	$(BIN)/lanewise down
+
+lint: install  ## ruff, mypy --strict, layer contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: install lint  ## everything that guards a merge
+	$(BIN)/pytest -m 'not slow'
+
+test-fast: install lint  ## without real processes
+	$(BIN)/pytest -m 'not slow and not e2e and not chaos'
+
+soak: install  ## long chaos, fuzz and load
+	$(BIN)/pytest -m slow
+
+bench: install  ## measurements; never part of the tests
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## remove everything that was made here
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

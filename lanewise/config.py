@@ -1,0 +1,75 @@
+"""Configuration of the processes: one frozen model per process; flag > environment > YAML file > default.
+
+Owns: names, defaults and limits of every knob that is not part of the LLMService resource (that is spec.py).
+Must not: read files or start anything at import. Derived values are properties, never mutations.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+class _ProcessConfig(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="LANEWISE_", frozen=True, extra="forbid", cli_kebab_case=True, cli_implicit_flags=True
+    )
+
+    name: str = Field("", description="process name in logs, status and metrics; default: role and pid")
+    log_format: Literal["json", "text"] = Field("json", description="one JSON object per line, or readable text")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class WorkerConfig(_ProcessConfig):
+    """A prefill or decode worker."""
+
+    listen: str = Field("127.0.0.1:0", description="gRPC address; port 0 picks a free one and prints it")
+    kv_listen: str = Field("tcp://127.0.0.1:0", description="ZeroMQ endpoint of the KV channel (decode workers)")
+    model: str = Field("builtin://fable", description="builtin://fable, file:///dir, a directory, or hf://owner/name")
+    revision: str = Field("main", description="revision of an hf:// model")
+    served_name: str = Field("", description="name clients use; default: the last part of the model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 for builtin://fable on a CPU, else the checkpoint's (fp16 becomes bf16 on a CPU)"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    threads: int = Field(0, ge=0, le=1024, description="compute threads; 0: one per core of `cores`")
+    cores: tuple[int, ...] = Field((), description="CPU cores this worker owns; empty: all it may run on")
+    max_context_tokens: int = Field(0, ge=0, description="prompt + output limit; 0: the model's own")
+    kv_cache_bytes: int = Field(0, ge=0, description="KV pool size; 0: from device or cgroup memory (docs/design.md §3)")
+    sharing: int = Field(1, ge=1, description="workers that share this machine's memory, for the automatic pool size")
+    page_tokens: Literal[8, 16, 32, 64] = Field(16, description="tokens per KV page; divides 64")
+    batch_policy: str = Field("lanewise", description="batching policy by name, see policy/batching.py")
+    max_batch_tokens: int = Field(512, ge=16, description="new tokens in one prefill batch, and in one local-prefill chunk")
+    max_running: int = Field(64, ge=1, description="sequences decoded together")
+    ttft_target_s: float = Field(0.4, gt=0, description="soft target for requests that bring none")
+    session_idle_s: float = Field(3.0, gt=0, description="a session with no ping for this long is lost")
+    drain_timeout_s: float = Field(60.0, ge=0)
+    drain_max_s: float = Field(600.0, ge=0)
+
+
+class RouterConfig(_ProcessConfig):
+    """A router."""
+
+    http: str = Field("127.0.0.1:8000", description="OpenAI HTTP address")
+    grpc: str = Field("127.0.0.1:50051", description="public gRPC address")
+    workers: tuple[str, ...] = Field((), description="gRPC addresses of the workers, any role")
+    disaggregation: Literal["Auto", "Always", "Never"] = "Auto"
+    ttft_target_s: float = Field(0.4, gt=0)
+    tpot_target_s: float = Field(0.05, gt=0)
+    request_timeout_s: float = Field(600.0, gt=0, description="hard deadline where the client sets none")
+    hold_timeout_s: float = Field(30.0, ge=0, description="how long an accepted request may wait for a worker pair")
+    hold_max_requests: int = Field(1000, ge=1)
+    hold_max_bytes: int = Field(64 * MIB, ge=1)
+    max_queue_wait_s: float = Field(30.0, gt=0, description="predicted TTFT above which requests are shed")
+    max_body_bytes: int = Field(8 * MIB, ge=1024, description="larger bodies get PAYLOAD_TOO_LARGE")
+    client_stall_s: float = Field(60.0, gt=0, description="a client that takes nothing for this long is cancelled")
+    retry_budget: int = Field(2, ge=0, description="lost workers one request survives")
+    ping_interval_s: float = Field(1.0, gt=0)
+    ping_misses: int = Field(3, ge=1)
+    commit_to_token_s: float = Field(10.0, gt=0, description="committed without a token for this long: decode failed")
+    drain_max_s: float = Field(600.0, ge=0)
+    api_keys_file: str = Field("", description="one API key per line; empty: no authentication")

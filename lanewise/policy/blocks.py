@@ -1,0 +1,46 @@
+"""Content hashes that bind KV to the tokens it was computed from.
+
+Owns: the chained hash over fixed units of 64 token ids (a protocol constant, independent of page size) and the hash
+over a whole prompt. Must not: hold state, know pages, or do I/O. Used by the engine's prefix cache, the KV channel,
+the router's prefix index and the simulator alike, so a hash means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+UNIT_TOKENS = 64
+"""Tokens per hashed unit. A protocol constant: changing it is a new protocol major version."""
+
+DIGEST_BYTES = 16
+
+
+def _pack(ids: Sequence[int]) -> bytes:
+    return array("I", ids).tobytes()  # native order is little-endian on every platform that is served
+
+
+def chain_hashes(ids: Sequence[int], key: bytes) -> list[bytes]:
+    """BLAKE2b-128 chain: one digest per full unit of `ids`; digest i covers ids[0 : 64 * (i + 1)].
+
+    `key` (at most 64 bytes) is `cache_key(fingerprint, salt)`: equal digests mean equal tokens, model and tenant.
+    """
+    out: list[bytes] = []
+    parent = b""
+    for end in range(UNIT_TOKENS, len(ids) + 1, UNIT_TOKENS):
+        parent = hashlib.blake2b(
+            parent + _pack(ids[end - UNIT_TOKENS : end]), digest_size=DIGEST_BYTES, key=key
+        ).digest()
+        out.append(parent)
+    return out
+
+
+def prompt_hash(ids: Sequence[int], key: bytes) -> bytes:
+    """One digest over all ids, so that the tail after the last full unit is bound too."""
+    return hashlib.blake2b(_pack(ids), digest_size=DIGEST_BYTES, key=key, person=b"lanewise-prompt").digest()
+
+
+def cache_key(fingerprint: str, tenant_salt: bytes) -> bytes:
+    """32-byte key for the functions above."""
+    return hashlib.blake2b(fingerprint.encode() + b"\0" + tenant_salt, digest_size=32).digest()
