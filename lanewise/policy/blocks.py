@@ -1,6 +1,6 @@
-"""Content hashes that bind KV to the tokens it was computed from.
+"""Content hashes that bind KV to the tokens it was computed from, and the canonical layout of KV on the wire.
 
-Owns: the chained hash over fixed units of 64 token ids (a protocol constant, independent of page size) and the hash
+Owns: the layout record, the chained hash over fixed units of 64 token ids (a protocol constant, independent of page size) and the hash
 over a whole prompt. Must not: hold state, know pages, or do I/O. Used by the engine's prefix cache, the KV channel,
 the router's prefix index and the simulator alike, so a hash means the same everywhere.
 """
@@ -10,11 +10,31 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 UNIT_TOKENS = 64
 """Tokens per hashed unit. A protocol constant: changing it is a new protocol major version."""
 
 DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape of one worker's KV. The wire form is `[layer][K|V][token][head][dim]`, whatever the pool looks like."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str  # storage type, e.g. "float32"
+    dtype_bytes: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in all layers, K and V."""
+        return self.slice_bytes(1, self.num_layers)
+
+    def slice_bytes(self, tokens: int, layers: int) -> int:
+        return 2 * layers * tokens * self.num_kv_heads * self.head_dim * self.dtype_bytes
 
 
 def _pack(ids: Sequence[int]) -> bytes:
