@@ -1,0 +1,290 @@
+"""The gRPC side of a worker: sessions with routers, `Describe`, `Drain`, health.
+
+Owns: the `lanewise.v1.Worker` service, one bounded send queue per session, and the rule that a lost session frees
+everything it carried. Must not: know the engine or the KV channel; it talks to a `Backend` that only enqueues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc
+import structlog
+
+from lanewise.errors import LanewiseError
+from lanewise.fleet import Lane, WorkerIdentity, WorkerStats
+from lanewise.request import Submission, Token
+from lanewise.rpc import convert
+from lanewise.rpc import lanewise_pb2 as pb
+from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
+from lanewise.rpc.outbox import Batch
+
+PROTOCOL = 1
+WRITE_DEADLINE_S = 5.0  # a router that does not read for this long loses its session
+MAX_QUEUED = 65_536  # messages; tokens are grouped, so this is far beyond any healthy session
+STATS_INTERVAL_S = 0.1
+STATS_REPEAT_S = 1.0  # unchanged statistics are repeated this often, so that their age stays known
+
+log = structlog.get_logger(__name__)
+
+
+class Backend(Protocol):
+    """The worker's loop as the asyncio thread sees it. Every method enqueues and returns at once."""
+
+    def submit(self, session: str, submission: Submission) -> None: ...
+    def cancel(self, key: tuple[str, int], reason: str) -> None: ...
+    def session_lost(self, session: str) -> None: ...
+    def set_lane(self, lane: Lane, expected_generation: int) -> None: ...
+    def set_peers(self, peers: tuple[tuple[str, str, str], ...]) -> None: ...
+    def drain(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """What `Describe` serves, so that routers need no model files."""
+
+    tokenizer_json: bytes
+    tokenizer_hash: str
+    chat_template: str
+    special_tokens: dict[str, str]
+    eos_token_ids: tuple[int, ...]
+    generation_defaults_json: str
+
+
+@dataclass(slots=True)
+class _Session:
+    """One router's stream. `queue` is first in, first out, since the order of tokens and endings is a promise."""
+
+    id: str
+    router: str
+    queue: deque[pb.WorkerMessage | list[Token]] = field(default_factory=deque)
+    stats: WorkerStats | None = None
+    blocks: deque[pb.WorkerMessage] = field(default_factory=deque)
+    block_number: int = 0
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, message: pb.WorkerMessage) -> None:
+        self.queue.append(message)
+        self.wake.set()
+
+    def put_tokens(self, tokens: list[Token]) -> None:
+        """Tokens of several steps that wait together leave in one message."""
+        if self.queue and isinstance(self.queue[-1], list):
+            self.queue[-1].extend(tokens)
+        else:
+            self.queue.append(list(tokens))
+        self.wake.set()
+
+    def put_blocks(self, snapshot: bool, added: list[bytes], removed: list[bytes]) -> None:
+        event = pb.BlockEvents(
+            number=self.block_number, snapshot=snapshot, added=b"".join(added), removed=b"".join(removed)
+        )
+        self.block_number += 1
+        self.blocks.append(pb.WorkerMessage(blocks=event))
+        self.wake.set()
+
+    @property
+    def overflow(self) -> bool:
+        return len(self.queue) + len(self.blocks) > MAX_QUEUED
+
+    def take(self) -> pb.WorkerMessage | None:
+        """The next message to write: tokens and endings first, then cache events, then the latest statistics."""
+        if self.queue:
+            head = self.queue.popleft()
+            return pb.WorkerMessage(step=convert.tokens_to_wire(head)) if isinstance(head, list) else head
+        if self.blocks:
+            return self.blocks.popleft()
+        if self.stats is not None:
+            stats, self.stats = self.stats, None
+            return pb.WorkerMessage(stats=convert.stats_to_wire(stats))
+        return None
+
+
+class WorkerService(pb_grpc.WorkerServicer):
+    """One per worker process; all methods run on its asyncio loop."""
+
+    def __init__(
+        self, identity: WorkerIdentity, tokenizer: TokenizerFiles, *, memory_bytes: int, session_idle_s: float
+    ) -> None:
+        self._identity = identity
+        self._tokenizer = tokenizer
+        self._memory_bytes = memory_bytes
+        self._session_idle_s = session_idle_s
+        self._sessions: dict[str, _Session] = {}
+        self._cached: set[bytes] = set()  # mirror of the engine's prefix cache, for snapshots
+        self._stats = WorkerStats(kv_capacity_tokens=identity.kv_capacity_tokens)
+        self._stats_sent_at = 0.0
+        self._backend: Backend | None = None
+        self.draining = False
+
+    def attach(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @property
+    def backend(self) -> Backend:
+        if self._backend is None:
+            raise RuntimeError("attach() the backend before serving")
+        return self._backend
+
+    @property
+    def stats(self) -> WorkerStats:
+        return self._stats
+
+    # ------------------------------------------------------------ from the engine
+
+    def deliver(self, batch: Batch) -> None:
+        """Spread one engine step over the sessions. Sessions that have gone are skipped: their work is cancelled."""
+        for session_id, item in batch.items:
+            session = self._sessions.get(session_id)
+            if session is None:
+                continue
+            if isinstance(item, Token):
+                session.put_tokens([item])
+            else:
+                session.put(item)
+        if batch.blocks_added or batch.blocks_removed:
+            self._cached.difference_update(batch.blocks_removed)
+            self._cached.update(batch.blocks_added)
+            for session in self._sessions.values():
+                session.put_blocks(False, batch.blocks_added, batch.blocks_removed)
+        if batch.stats is not None and batch.stats != self._stats:
+            self._stats = batch.stats
+            self._broadcast_stats()
+
+    def _broadcast_stats(self) -> None:
+        self._stats_sent_at = time.monotonic()
+        for session in self._sessions.values():
+            session.stats = self._stats
+            session.wake.set()
+
+    async def repeat_stats(self) -> None:
+        """Owned task: repeats unchanged statistics, so that a router knows how old its view is."""
+        while True:
+            await asyncio.sleep(STATS_INTERVAL_S)
+            if time.monotonic() - self._stats_sent_at >= STATS_REPEAT_S:
+                self._broadcast_stats()
+
+    # ------------------------------------------------------------ Session
+
+    async def Session(self, request_iterator: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        first = await asyncio.wait_for(context.read(), self._session_idle_s)
+        if not isinstance(first, pb.RouterMessage) or first.WhichOneof("message") != "hello":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session must be `hello`")
+        hello = first.hello
+        if hello.protocol != PROTOCOL:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, f"protocol {hello.protocol} is not {PROTOCOL}, which I speak"
+            )
+        if hello.expected_incarnation and hello.expected_incarnation != self._identity.incarnation:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"stale incarnation: expected {hello.expected_incarnation}, this is {self._identity.incarnation}",
+            )
+        session = _Session(id=str(uuid.uuid4()), router=hello.router)
+        session.put(pb.WorkerMessage(welcome=pb.Welcome(description=self._description())))
+        session.put_blocks(True, sorted(self._cached), [])
+        session.stats = self._stats
+        self._sessions[session.id] = session
+        log.info("session_open", router=hello.router, session=session.id)
+        reason = "router closed it"
+        reader = asyncio.create_task(self._read(session, context))
+        writer = asyncio.create_task(self._write(session, context))
+        try:
+            done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            reason = "; ".join(task.result() for task in done)
+        finally:
+            reader.cancel()
+            writer.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+            del self._sessions[session.id]
+            self.backend.session_lost(session.id)
+            log.info("session_closed", router=hello.router, session=session.id, reason=reason)
+
+    async def _read(self, session: _Session, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+        while True:
+            try:
+                message = await asyncio.wait_for(context.read(), self._session_idle_s)
+            except TimeoutError:
+                return f"no ping for {self._session_idle_s:g} s"
+            except grpc.aio.UsageError as error:
+                return f"stream broken: {error}"
+            if not isinstance(message, pb.RouterMessage):
+                return "router closed it"
+            self._handle(session, message)
+
+    def _handle(self, session: _Session, message: pb.RouterMessage) -> None:
+        match message.WhichOneof("message"):
+            case "submit":
+                self._submit(session, message.submit)
+            case "cancel":
+                self.backend.cancel((message.cancel.request_id, message.cancel.epoch), message.cancel.reason)
+            case "ping":
+                session.put(pb.WorkerMessage(pong=pb.Pong(number=message.ping.number)))
+            case "set_lane":
+                self._set_lane(message.set_lane)
+            case "peers":
+                peers = tuple((p.kv_address, p.incarnation, p.fingerprint) for p in message.peers.peers)
+                self.backend.set_peers(peers)
+            case other:
+                log.warning("unknown_router_message", kind=other)
+
+    def _submit(self, session: _Session, wire: pb.Submit) -> None:
+        try:
+            submission = convert.submit_from_wire(wire)
+        except LanewiseError as error:
+            failed = pb.Failed(
+                request_id=wire.request_id, epoch=wire.epoch, code=error.code.value, message=error.message
+            )
+            session.put(pb.WorkerMessage(failed=failed))
+            return
+        self.backend.submit(session.id, submission)
+
+    def _set_lane(self, wire: pb.SetLane) -> None:
+        try:
+            lane = Lane(wire.lane)
+        except ValueError:
+            log.warning("unknown_lane", lane=wire.lane)
+            return
+        self.backend.set_lane(lane, wire.expected_generation)
+
+    async def _write(self, session: _Session, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+        while True:
+            await session.wake.wait()
+            session.wake.clear()
+            while (message := session.take()) is not None:
+                if session.overflow:
+                    return f"more than {MAX_QUEUED} messages unread"
+                try:
+                    await asyncio.wait_for(context.write(message), WRITE_DEADLINE_S)
+                except TimeoutError:
+                    return f"router did not read for {WRITE_DEADLINE_S:g} s"
+                except grpc.aio.UsageError as error:
+                    return f"stream broken: {error}"
+
+    # ------------------------------------------------------------ Describe, Drain
+
+    def _description(self) -> pb.Description:
+        return convert.description_to_wire(
+            self._identity, memory_bytes=self._memory_bytes, tokenizer_hash=self._tokenizer.tokenizer_hash
+        )
+
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeReply:
+        reply = pb.DescribeReply(description=self._description())
+        if request.with_tokenizer:
+            reply.tokenizer_json = self._tokenizer.tokenizer_json
+            reply.chat_template = self._tokenizer.chat_template
+            reply.special_tokens.update(self._tokenizer.special_tokens)
+            reply.eos_token_ids.extend(self._tokenizer.eos_token_ids)
+            reply.generation_defaults_json = self._tokenizer.generation_defaults_json
+        return reply
+
+    async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainReply:
+        self.draining = True
+        self.backend.drain()
+        stats = self._stats
+        return pb.DrainReply(remaining=stats.queued_requests + stats.running_requests)
