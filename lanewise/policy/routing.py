@@ -1,0 +1,179 @@
+"""Which prefill and decode worker serve a request: a pure choice over one fleet snapshot.
+
+Owns: eligibility of pairs, the score in seconds, and the choice between remote and local prefill.
+Must not: keep state, read clocks, draw random numbers or talk to workers. Equal arguments give equal pairs; `seed` is
+the router's request counter and the only source of variety.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
+from lanewise.fleet import FleetSnapshot, Link, LinkState, Pair, WorkerView
+from lanewise.policy.baseline_routing import BASELINES, mix
+from lanewise.policy.cost import CostModel
+
+SAMPLED = 4  # candidates scored by one of several routers, so that they do not herd to the same worker
+SAMPLE_FROM = 16  # prefill workers from which on a router samples; below, scoring all costs nothing
+
+ROUTE_NAMES = ("lanewise", *BASELINES)
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRequest:
+    """What the choice depends on. `cached_tokens` holds the prefix hit by incarnation, of either role."""
+
+    prompt_tokens: int
+    cached_tokens: Mapping[str, int] = field(default_factory=dict)
+    ttft_target_s: float = 0.4
+    disaggregation: Literal["Auto", "Always", "Never"] = "Auto"
+    tpot_target_s: float = 0.05
+    max_tokens: int = 1
+    exclude: frozenset[str] = frozenset()
+    kv_bytes_per_token: int = 0  # 0: transfer time is not predicted
+    length_cuts: tuple[int, ...] = ()  # for `buckets`: ascending uncached lengths between the instances
+    sampled: bool = False  # one of several routers: score a sample of a large fleet
+
+
+def choose_pair(
+    request: RouteRequest, fleet: FleetSnapshot, now: float, seed: int, policy: str = "lanewise"
+) -> Pair | None:
+    """The pair with the least predicted TTFT + TPOT penalty; None when no worker can take the request.
+
+    `Pair.prefill is None`: prefill locally on the decode worker, because the service says `Never`, because no prefill
+    worker may be paired with one, or because `Auto` predicts it to be no slower.
+    """
+    if policy not in ROUTE_NAMES:
+        raise ValueError(f"unknown routing policy {policy!r}; known: {', '.join(ROUTE_NAMES)}")
+    decodes = [(_decode_penalty(request, view), view) for view in fleet.decode if _eligible(view, request)]
+    if not decodes:
+        return None
+    decodes.sort(key=lambda item: item[0])
+    local = _best_local(request, decodes)
+    if request.disaggregation == "Never":
+        return local[1]
+    remote = _best_remote(request, decodes, fleet, seed, policy)
+    if remote is None:
+        return local[1]
+    return remote[1] if request.disaggregation == "Always" or remote[0] < local[0] else local[1]
+
+
+@lru_cache(maxsize=1024)
+def _cost_of(items: tuple[tuple[str, float], ...]) -> CostModel:
+    return CostModel.from_mapping(dict(items))
+
+
+def worker_cost(view: WorkerView) -> CostModel:
+    """The worker's fitted cost model, as it advertises it."""
+    return _cost_of(tuple(view.stats.cost.items()))
+
+
+def queue_wait(view: WorkerView, uncached_tokens: int, cost: CostModel) -> float:
+    """Predicted wait for a prompt of this length: the worker computes shorter work first, so only work up to its own
+    length stands before it, and at most all that is queued."""
+    queued = view.stats.queued_tokens + view.inflight_tokens
+    return max(view.stats.queue_wait_s, queued * cost.token_s)
+
+
+def _eligible(view: WorkerView, request: RouteRequest) -> bool:
+    identity = view.identity
+    return (
+        view.ready
+        and not view.stats.draining
+        and identity.incarnation not in request.exclude
+        and request.prompt_tokens < identity.max_context_tokens
+        and request.prompt_tokens <= identity.kv_capacity_tokens
+    )
+
+
+def _link(prefill: WorkerView, decode: WorkerView) -> Link | None:
+    """The KV path of the pair; None where the two may not be paired at all."""
+    if prefill.identity.fingerprint != decode.identity.fingerprint:
+        return None
+    for link in prefill.stats.links:
+        if link.peer == decode.identity.incarnation:
+            return None if link.state is LinkState.FAILED else link
+    return Link(decode.identity.incarnation, LinkState.UNTESTED)
+
+
+def _uncached(request: RouteRequest, view: WorkerView) -> int:
+    """At least one token is always computed: the one whose logits give the first output token."""
+    return max(request.prompt_tokens - request.cached_tokens.get(view.identity.incarnation, 0), 1)
+
+
+def _decode_penalty(request: RouteRequest, view: WorkerView) -> float:
+    """Seconds of TTFT that one more sequence here is worth: steps beyond the TPOT target, and a pool near its end.
+
+    Below the target the slope is small but not zero, so that load spreads before it hurts.
+    """
+    stats, cost = view.stats, worker_cost(view)
+    running = stats.running_requests + view.inflight_requests + 1
+    context = stats.running_context_tokens + view.inflight_tokens + request.prompt_tokens
+    step = max(cost.decode(running, context), stats.decode_step_s)
+    late = max(step - request.tpot_target_s, 0.0) * request.max_tokens
+    capacity = max(stats.kv_capacity_tokens or view.identity.kv_capacity_tokens, 1)
+    full = max((stats.kv_used_tokens + view.inflight_tokens + request.prompt_tokens) / capacity - 0.9, 0.0)
+    return 0.1 * step + late + full * 10 * request.ttft_target_s
+
+
+def _transfer(request: RouteRequest, link: Link, decode: WorkerView, own_s: float) -> float:
+    """Transfer time that computing does not hide: layers travel while later ones are computed."""
+    if not request.kv_bytes_per_token or link.bandwidth_bytes_per_s <= 0:
+        return link.latency_s
+    missing = request.prompt_tokens - request.cached_tokens.get(decode.identity.incarnation, 0)
+    return link.latency_s + max(missing * request.kv_bytes_per_token / link.bandwidth_bytes_per_s - own_s, 0.0)
+
+
+def _best_local(request: RouteRequest, decodes: Sequence[tuple[float, WorkerView]]) -> tuple[float, Pair]:
+    """Local prefill, chunked between decode steps: it takes longer and slows the steps of those who decode there."""
+    best: tuple[float, str, Pair] | None = None
+    for penalty, view in decodes:
+        cost, new = worker_cost(view), _uncached(request, view)
+        wait = queue_wait(view, new, cost)
+        own = cost.alone(new, request.prompt_tokens - new)
+        disturbed = view.stats.running_requests * own / max(request.max_tokens, 1)
+        score = wait + own + penalty + disturbed
+        if best is None or (score, view.identity.incarnation) < best[:2]:
+            reason = f"local: wait {wait * 1e3:.0f} ms + prefill {own * 1e3:.0f} ms"
+            best = (score, view.identity.incarnation, Pair(None, view.identity.incarnation, wait + own, reason))
+    assert best is not None  # the caller has at least one decode worker
+    return best[0], best[2]
+
+
+def _best_remote(
+    request: RouteRequest,
+    decodes: Sequence[tuple[float, WorkerView]],
+    fleet: FleetSnapshot,
+    seed: int,
+    policy: str,
+) -> tuple[float, Pair] | None:
+    candidates = []
+    for prefill in fleet.prefill:
+        if _eligible(prefill, request):
+            links = ((penalty, decode, _link(prefill, decode)) for penalty, decode in decodes)
+            partner = next(((penalty, decode, link) for penalty, decode, link in links if link is not None), None)
+            if partner is not None:
+                candidates.append((prefill, *partner))
+    if not candidates:
+        return None
+    if policy != "lanewise":
+        lengths = [_uncached(request, item[0]) for item in candidates]
+        index = BASELINES[policy]([item[0] for item in candidates], lengths, request, seed)
+        candidates = [candidates[index]]
+    elif request.sampled and len(candidates) > SAMPLE_FROM:
+        candidates = [candidates[index] for index in sorted({mix(seed, i) % len(candidates) for i in range(SAMPLED)})]
+    best: tuple[float, int, Pair] | None = None
+    for place, (prefill, penalty, decode, link) in enumerate(candidates):
+        cost, new = worker_cost(prefill), _uncached(request, prefill)
+        wait = queue_wait(prefill, new, cost)
+        own = cost.alone(new, request.prompt_tokens - new)
+        score = wait + own + penalty + _transfer(request, link, decode, own)
+        turn = (place - seed) % len(candidates)  # equal scores take turns
+        if best is None or (score, turn) < best[:2]:
+            reason = f"{policy}: wait {wait * 1e3:.0f} ms + prefill {own * 1e3:.0f} ms"
+            best = (score, turn, Pair(prefill.identity.incarnation, decode.identity.incarnation, wait + own, reason))
+    assert best is not None
+    return best[0], best[2]
