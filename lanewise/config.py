@@ -6,10 +6,20 @@ Must not: read files or start anything at import. Derived values are properties,
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from collections.abc import Sequence
+from typing import Literal, TypeVar
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from lanewise.errors import ConfigError
 
 MIB = 1024 * 1024
 
@@ -18,6 +28,19 @@ class _ProcessConfig(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="LANEWISE_", frozen=True, extra="forbid", cli_kebab_case=True, cli_implicit_flags=True
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = os.environ.get("LANEWISE_CONFIG")  # a YAML file, as a ConfigMap mounts it
+        yaml = (YamlConfigSettingsSource(settings_cls, yaml_file=file),) if file else ()
+        return (init_settings, env_settings, *yaml)
 
     name: str = Field("", description="process name in logs, status and metrics; default: role and pid")
     log_format: Literal["json", "text"] = Field("json", description="one JSON object per line, or readable text")
@@ -33,17 +56,22 @@ class WorkerConfig(_ProcessConfig):
     revision: str = Field("main", description="revision of an hf:// model")
     served_name: str = Field("", description="name clients use; default: the last part of the model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 for builtin://fable on a CPU, else the checkpoint's (fp16 becomes bf16 on a CPU)"
+        "auto",
+        description="auto: float32 for builtin://fable on a CPU, else the checkpoint's (fp16 becomes bf16 on a CPU)",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(0, ge=0, le=1024, description="compute threads; 0: one per core of `cores`")
     cores: tuple[int, ...] = Field((), description="CPU cores this worker owns; empty: all it may run on")
     max_context_tokens: int = Field(0, ge=0, description="prompt + output limit; 0: the model's own")
-    kv_cache_bytes: int = Field(0, ge=0, description="KV pool size; 0: from device or cgroup memory (docs/design.md §3)")
+    kv_cache_bytes: int = Field(
+        0, ge=0, description="KV pool size; 0: from device or cgroup memory (docs/design.md §3)"
+    )
     sharing: int = Field(1, ge=1, description="workers that share this machine's memory, for the automatic pool size")
     page_tokens: Literal[8, 16, 32, 64] = Field(16, description="tokens per KV page; divides 64")
     batch_policy: str = Field("lanewise", description="batching policy by name, see policy/batching.py")
-    max_batch_tokens: int = Field(512, ge=16, description="new tokens in one prefill batch, and in one local-prefill chunk")
+    max_batch_tokens: int = Field(
+        512, ge=16, description="new tokens in one prefill batch, and in one local-prefill chunk"
+    )
     max_running: int = Field(64, ge=1, description="sequences decoded together")
     ttft_target_s: float = Field(0.4, gt=0, description="soft target for requests that bring none")
     session_idle_s: float = Field(3.0, gt=0, description="a session with no ping for this long is lost")
@@ -73,3 +101,21 @@ class RouterConfig(_ProcessConfig):
     commit_to_token_s: float = Field(10.0, gt=0, description="committed without a token for this long: decode failed")
     drain_max_s: float = Field(600.0, ge=0)
     api_keys_file: str = Field("", description="one API key per line; empty: no authentication")
+
+
+C = TypeVar("C", bound=_ProcessConfig)
+
+
+def parse_config(kind: type[C], prog: str, argv: Sequence[str] | None = None) -> C:
+    """Flags (default: of this process), then `LANEWISE_*`, then the file of `LANEWISE_CONFIG`, then the defaults.
+
+    Raises ConfigError naming every field at fault; a flag that does not exist ends the process with status 2.
+    """
+    try:
+        return CliApp.run(kind, cli_args=None if argv is None else list(argv), cli_prog_name=prog)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'configuration'}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise ConfigError(problems) from error

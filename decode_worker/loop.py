@@ -1,0 +1,356 @@
+"""The engine thread of a decode worker: continuous batching, arriving KV, local prefill and preemption.
+
+Owns: the attempts from submit to their last token, and who may use which pages meanwhile.
+Must not: order local prefill itself (the batching policy does), verify KV (the receiver does) or touch sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import median
+from typing import TYPE_CHECKING
+
+import structlog
+
+from lanewise.engine.opening import open_sequence
+from lanewise.engine.runner import Work
+from lanewise.fleet import WorkerStats
+from lanewise.policy.admission import OutputLengths, peak_tokens
+from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
+from lanewise.request import Mode, Submission, Token
+from lanewise.rpc.loop import Attempt, Key, WorkerLoop
+from lanewise.rpc.outbox import Outbox
+from lanewise.transfer.records import Aborted, Committed, Offered, ReceiverEvent
+
+if TYPE_CHECKING:
+    from lanewise.engine.runner import Engine, Sampled
+    from lanewise.engine.sequence import Sequence
+    from lanewise.transfer.faults import Faults
+    from lanewise.transfer.receiver import Receiver
+
+log = structlog.get_logger(__name__)
+
+
+class Phase(StrEnum):
+    EXPECTED = "expected"  # waits for BEGIN, holds no pages
+    RECEIVING = "receiving"  # pages are lent to the receiver
+    QUEUED = "queued"  # local prefill, holds no pages
+    BLOCKED = "blocked"  # local prefill that found no room; asked again when some comes free
+    PREFILLING = "prefilling"  # local prefill, holds pages for all its ids
+    RUNNING = "running"  # decodes one token a step
+
+
+@dataclass(slots=True, kw_only=True)
+class Decode(Attempt):
+    seq: Sequence
+    cache_key: bytes
+    phase: Phase
+    preempted: bool = False  # recomputed ahead of new admissions
+
+
+class DecodeLoop(WorkerLoop[Decode]):
+    def __init__(
+        self,
+        engine: Engine,
+        policy: BatchPolicy,
+        outbox: Outbox,
+        faults: Faults,
+        *,
+        max_running: int,
+        ttft_target_s: float,
+    ) -> None:
+        super().__init__(outbox)
+        self._engine = engine
+        self._policy = policy
+        self._faults = faults
+        self._max_running = max_running
+        self._ttft_target_s = ttft_target_s
+        self._receiver: Receiver | None = None
+        self._closing: dict[Key, Decode] = {}  # ended for the router, pages still lent to the receiver
+        self._outputs = OutputLengths()
+        self._preemptions = 0
+        self._step_times: list[float] = []
+        self._audited = True
+        self._leaked = 0
+
+    def attach_receiver(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+
+    @property
+    def receiver(self) -> Receiver:
+        if self._receiver is None:
+            raise RuntimeError("attach_receiver() before start()")
+        return self._receiver
+
+    def on_transfer(self, event: ReceiverEvent) -> None:
+        """Called on the transfer thread."""
+        self.call(lambda: self._on_transfer(event))
+
+    # ------------------------------------------------------------ attempts come and go
+
+    def open(self, session: str, submission: Submission, now: float) -> Decode:
+        seq, key = open_sequence(submission, self._engine, self._engine.pool.usage().capacity_tokens)
+        attempt = Decode(
+            session=session,
+            submission=submission,
+            arrived_at=now,
+            deadline_at=now + submission.deadline_s,
+            seq=seq,
+            cache_key=key,
+            phase=Phase.EXPECTED if submission.mode is Mode.DECODE else Phase.QUEUED,
+        )
+        cached = self._engine.pool.match(seq.ids, key)
+        if attempt.phase is Phase.EXPECTED:
+            self.receiver.expect(attempt.key, seq.ids, key)
+        else:
+            self._enqueue(attempt)
+        self.outbox.accepted(session, attempt.key, cached)
+        return attempt
+
+    def _enqueue(self, attempt: Decode) -> None:
+        """Queue local prefill of all ids that are not cached."""
+        cached = self._engine.pool.match(attempt.seq.ids, attempt.cache_key)
+        target = attempt.submission.ttft_target_s or self._ttft_target_s
+        # A preempted request has already waited its turn once: its arrival puts it before all that came later.
+        self._policy.add(
+            Job(
+                key=attempt.key,
+                arrival_s=attempt.arrived_at,
+                remaining_tokens=len(attempt.seq.ids) - cached,
+                context_tokens=cached,
+                ttft_deadline_s=attempt.arrived_at + target,
+            )
+        )
+
+    def close(self, attempt: Decode, reason: str) -> None:
+        self._policy.remove(attempt.key)
+        if attempt.phase in (Phase.EXPECTED, Phase.RECEIVING):
+            self._closing[attempt.key] = attempt
+            self.receiver.cancel(attempt.key, reason)
+        else:
+            self._release(attempt)
+
+    def _release(self, attempt: Decode) -> None:
+        if attempt.phase in (Phase.PREFILLING, Phase.RUNNING):
+            self._engine.pool.seal(attempt.seq, attempt.cache_key)
+        self._engine.pool.release(attempt.seq)
+        self._audited = False
+        for other in self.attempts.values():
+            if other.phase is Phase.BLOCKED:
+                other.phase = Phase.QUEUED
+                self._enqueue(other)
+
+    # ------------------------------------------------------------ KV arrives
+
+    def _on_transfer(self, event: ReceiverEvent) -> None:
+        attempt = self.attempts.get(event.key)
+        if attempt is None:
+            self._on_late(event)
+            return
+        match event:
+            case Offered():
+                self._offered(attempt)
+            case Committed():
+                self._committed(attempt, event)
+            case Aborted():
+                self.outbox.transfer_failed(attempt.session, event.key, event.reason, event.fingerprint_mismatch)
+                attempt.phase = Phase.QUEUED  # the receiver is done with its pages
+                self.end(event.key, event.reason)
+
+    def _on_late(self, event: ReceiverEvent) -> None:
+        """An event of an attempt that ended meanwhile."""
+        if isinstance(event, Offered):
+            self.receiver.refuse(event.key, False, "the request has ended")
+        elif closing := self._closing.pop(event.key, None):
+            closing.phase = Phase.QUEUED  # what arrived of it was never verified as a whole: not for the cache
+            self._release(closing)
+
+    def _offered(self, attempt: Decode) -> None:
+        self._faults.point("grant_pending")
+        pool, seq = self._engine.pool, attempt.seq
+        if not self._fits(attempt):
+            self.receiver.refuse(attempt.key, True, "the KV pool is full")
+            return
+        have = pool.attach(seq, attempt.cache_key)
+        if not pool.ensure(seq, len(seq.ids)):
+            pool.release(seq)
+            self.receiver.refuse(attempt.key, True, "the KV pool is full")
+            return
+        attempt.phase = Phase.RECEIVING
+        self.receiver.grant(attempt.key, list(seq.pages), have)
+
+    def _committed(self, attempt: Decode, event: Committed) -> None:
+        seq = attempt.seq
+        seq.num_computed = len(seq.ids)
+        self._engine.pool.seal(seq, attempt.cache_key)
+        seq.ids.append(event.token.token_id)
+        attempt.phase = Phase.RUNNING
+        self.outbox.committed(attempt.session, attempt.key, event.received_tokens, event.received_bytes)
+        self._faults.point("committed")
+
+    def on_peers(self, peers: Iterable[tuple[str, str, str]]) -> None:
+        """Decode workers are connected to; they connect to no one."""
+
+    # ------------------------------------------------------------ room
+
+    def _held(self) -> list[Decode]:
+        return [a for a in self.attempts.values() if a.seq.pages]
+
+    def _fits(self, candidate: Decode) -> bool:
+        """Whether the predicted peak KV of what runs, with the candidate, stays within the pool (Past-Future)."""
+        others = self._held()
+        if not others:
+            return True
+        if len(others) >= self._max_running:
+            return False
+        load = [(len(a.seq.ids), self._remaining(a)) for a in [*others, candidate]]
+        return peak_tokens(load) <= self._engine.pool.usage().capacity_tokens
+
+    def _remaining(self, attempt: Decode) -> int:
+        return max(1, self._outputs.remaining(attempt.seq.num_output, attempt.seq.sampling.max_tokens))
+
+    def _preempt_for(self, needy: Decode) -> bool:
+        """Free the pages of the request with the least progress. False: that was `needy` itself."""
+        victim = min(
+            (a for a in self.attempts.values() if a.phase in (Phase.RUNNING, Phase.PREFILLING)),
+            key=lambda a: (a.seq.num_output, -a.arrived_at),
+        )
+        self._preemptions += 1
+        log.info("preempted", request_id=victim.key[0], epoch=victim.key[1], output_tokens=victim.seq.num_output)
+        self._policy.remove(victim.key)
+        self._engine.pool.seal(victim.seq, victim.cache_key)
+        self._engine.pool.release(victim.seq)
+        victim.preempted = True
+        victim.phase = Phase.QUEUED
+        self._enqueue(victim)
+        return victim is not needy
+
+    # ------------------------------------------------------------ one round
+
+    def turn(self, now: float) -> float | None:
+        work = self._decode_work()
+        plan = self._policy.next_batch(now)
+        local = self._local_work(plan)
+        if not work and not local:
+            return None if plan.wait_until_s is None else max(0.001, plan.wait_until_s - now)
+        self._step(work, plan, local)
+        return 0.0
+
+    def _decode_work(self) -> list[Work]:
+        work: list[Work] = []
+        for attempt in [a for a in self.attempts.values() if a.phase is Phase.RUNNING]:
+            while attempt.phase is Phase.RUNNING and not self._engine.pool.ensure(attempt.seq, len(attempt.seq.ids)):
+                self._preempt_for(attempt)
+        for attempt in self.attempts.values():
+            if attempt.phase is Phase.RUNNING and len(work) < self._max_running:
+                work.append(Work(attempt.seq, attempt.seq.num_uncomputed))
+        return work
+
+    def _local_work(self, plan: BatchPlan) -> list[Work]:
+        """Chunks of local prefill beside the decode step. A prompt gets pages for all its ids or none."""
+        work = []
+        for key, tokens in plan.chunks:
+            attempt = self.attempts[key]  # type: ignore[index]
+            if attempt.phase is Phase.QUEUED and not self._start(attempt):
+                continue
+            left = attempt.seq.num_uncomputed
+            work.append(Work(attempt.seq, min(tokens, left)))
+        return work
+
+    def _start(self, attempt: Decode) -> bool:
+        waiting = any(a.preempted and a.phase in (Phase.QUEUED, Phase.BLOCKED) for a in self.attempts.values())
+        pool, seq = self._engine.pool, attempt.seq
+        if (attempt.preempted or not waiting) and self._fits(attempt):
+            pool.attach(seq, attempt.cache_key)
+            if pool.ensure(seq, len(seq.ids)):
+                attempt.phase = Phase.PREFILLING
+                attempt.preempted = False
+                return True
+            pool.release(seq)
+        self._policy.remove(attempt.key)
+        attempt.phase = Phase.BLOCKED
+        return False
+
+    def _step(self, decoding: list[Work], plan: BatchPlan, local: list[Work]) -> None:
+        started = self.clock()
+        sampled = self._engine.step([*decoding, *local])
+        ended = self.clock()
+        if local:
+            self._policy.observe(plan, ended, ended - started)
+        else:
+            self._step_times = [*self._step_times[-31:], ended - started]
+        for item, token in zip([*decoding, *local], sampled, strict=True):
+            attempt = self.attempts.get(item.seq.key)
+            if attempt is None:
+                continue
+            if attempt.phase is Phase.PREFILLING:
+                self._policy.progress(attempt.key, item.num_new)
+                self._engine.pool.seal(attempt.seq, attempt.cache_key)
+            if token is not None:
+                attempt.phase = Phase.RUNNING
+                self._token(attempt, token)
+
+    def _token(self, attempt: Decode, sampled: Sampled) -> None:
+        seq = attempt.seq
+        index = seq.num_output
+        seq.ids.append(sampled.token_id)
+        finish = seq.finish(sampled.token_id)
+        token = Token(
+            attempt.submission.request_id,
+            attempt.submission.epoch,
+            index,
+            sampled.token_id,
+            sampled.logprob,
+            sampled.top,
+            finish,
+        )
+        self.outbox.token(attempt.session, token)
+        if finish is not None:
+            self._outputs.observe(seq.num_output)
+            self.end(attempt.key, finish.value)
+
+    # ------------------------------------------------------------ statistics
+
+    @property
+    def idle(self) -> bool:
+        return not self.attempts and not self._closing
+
+    def publish(self, now: float) -> None:
+        pool = self._engine.pool
+        usage = pool.usage()
+        running = [a for a in self.attempts.values() if a.phase is Phase.RUNNING]
+        cost = self._policy.cost
+        queued = sum(job.remaining_tokens for job in self._policy.jobs.values())
+        if not self.attempts and not self._closing and not self._audited:
+            self._audit()
+        self.outbox.blocks(*pool.take_events())
+        self.outbox.stats(
+            WorkerStats(
+                queued_requests=len(self._policy.jobs),
+                queued_tokens=queued,
+                running_requests=len(running),
+                running_context_tokens=sum(len(a.seq.ids) for a in running),
+                kv_used_tokens=usage.used_tokens,
+                kv_capacity_tokens=usage.capacity_tokens,
+                kv_cached_tokens=usage.cached_tokens,
+                decode_step_s=round(median(self._step_times), 5) if self._step_times else 0.0,
+                queue_wait_s=round(cost.token_s * queued, 4),
+                cost=cost.to_mapping(),
+                lane=self.lane,
+                lane_generation=self.lane_generation,
+                draining=self.draining,
+                transfers=sum(a.phase is Phase.RECEIVING for a in self.attempts.values()) + len(self._closing),
+                preemptions=self._preemptions,
+                leaked_blocks=self._leaked,
+            )
+        )
+
+    def _audit(self) -> None:
+        """Runs whenever the worker falls idle: every page must be free or in the cache."""
+        self._audited = True
+        defects = self._engine.pool.audit([])
+        self._leaked = len(defects)
+        if defects:
+            log.error("kv_pool_audit_failed", defects=defects[:20])

@@ -1,0 +1,67 @@
+"""The decode worker process: configuration, model, KV receiver, then serving.
+
+Owns: putting the parts together. Must not: hold logic of its own; that is in loop.py.
+"""
+
+from __future__ import annotations
+
+import uuid
+
+import uvloop
+
+from lanewise.config import WorkerConfig, parse_config
+from lanewise.decode_worker.loop import DecodeLoop
+from lanewise.engine.runner import Engine
+from lanewise.errors import ConfigError
+from lanewise.fleet import Role
+from lanewise.policy.batching import make_batch_policy
+from lanewise.policy.cost import CostModel
+from lanewise.rpc.outbox import Outbox
+from lanewise.rpc.process import die, serve_worker, worker_facts
+from lanewise.telemetry import setup_logging
+from lanewise.transfer.faults import Faults
+from lanewise.transfer.receiver import Receiver
+from lanewise.transfer.records import Endpoint, ReceiverEvent
+
+
+def main() -> None:
+    try:
+        config = parse_config(WorkerConfig, "lanewise.decode_worker")
+        setup_logging("decode", config.name, log_format=config.log_format, log_level=config.log_level)
+        uvloop.run(_serve(config))
+    except ConfigError as error:
+        die(error)
+
+
+async def _serve(config: WorkerConfig) -> None:
+    faults = Faults.from_env((config.listen,))
+    engine = Engine.load(config)  # before anything listens: nothing can ask for a model that is not there
+    engine.warm_up()
+    incarnation = str(uuid.uuid4())
+    capacity = engine.pool.usage().capacity_tokens
+    endpoint = Endpoint(incarnation, engine.fingerprint, engine.fingerprint_fields, engine.pool.layout)
+    started: list[DecodeLoop] = []  # the receiver must be bound before the loop exists, since its address is told
+
+    def on_event(event: ReceiverEvent) -> None:
+        started[0].on_transfer(event)
+
+    receiver = Receiver(endpoint, engine.pool, config.kv_listen, on_event, faults=faults)
+    facts = worker_facts(
+        config,
+        Role.DECODE,
+        engine,
+        incarnation=incarnation,
+        kv_address=receiver.start(),
+        kv_capacity_tokens=capacity,
+    )
+
+    def build(outbox: Outbox) -> DecodeLoop:
+        policy = make_batch_policy(config.batch_policy, max_batch_tokens=config.max_batch_tokens, cost=CostModel())
+        loop = DecodeLoop(
+            engine, policy, outbox, faults, max_running=config.max_running, ttft_target_s=config.ttft_target_s
+        )
+        loop.attach_receiver(receiver)
+        started.append(loop)
+        return loop
+
+    await serve_worker(config, facts, build)

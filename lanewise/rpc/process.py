@@ -1,0 +1,174 @@
+"""A worker process around its loop: gRPC server, health, ready line, signals, drain.
+
+Owns: start-up order after the model is loaded, and shutdown order. Must not: know the role's work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from lanewise.config import WorkerConfig
+from lanewise.errors import ConfigError
+from lanewise.fleet import Role, WorkerIdentity
+from lanewise.rpc import lanewise_pb2 as pb
+from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
+from lanewise.rpc.outbox import Outbox
+from lanewise.rpc.serve import Backend, TokenizerFiles, WorkerService
+from lanewise.rpc.tokenizer_files import read_tokenizer_files
+
+SERVICE = "lanewise.v1.Worker"
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+EXIT_USAGE = 2
+
+log = structlog.get_logger(__name__)
+
+
+class Running(Backend, Protocol):
+    """A backend with a life of its own."""
+
+    def start(self) -> None: ...
+    def stop(self, timeout_s: float) -> bool: ...
+    @property
+    def idle(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What the process tells about itself; `identity.address` is filled in once the port is known."""
+
+    identity: WorkerIdentity
+    tokenizer: TokenizerFiles
+    memory_bytes: int
+
+
+class EngineFacts(Protocol):
+    """What of a loaded engine the process tells about."""
+
+    fingerprint: str
+    fingerprint_fields: dict[str, str]
+    eos_ids: frozenset[int]
+    vocab_size: int
+    max_context_tokens: int
+    model_dir: Path
+    device: str
+    memory_bytes: int
+
+
+def worker_facts(
+    config: WorkerConfig, role: Role, engine: EngineFacts, *, incarnation: str, kv_address: str, kv_capacity_tokens: int
+) -> WorkerFacts:
+    """Raises ConfigError when the model directory lacks its tokenizer."""
+    identity = WorkerIdentity(
+        role=role,
+        name=config.name or f"{role.value}-{os.getpid()}",
+        incarnation=incarnation,
+        address="",
+        kv_address=kv_address,
+        model=config.served_name or config.model.rstrip("/").rpartition("/")[2],
+        fingerprint=engine.fingerprint,
+        fingerprint_fields=engine.fingerprint_fields,
+        max_context_tokens=engine.max_context_tokens,
+        kv_capacity_tokens=kv_capacity_tokens,
+        vocab_size=engine.vocab_size,
+        device=engine.device,
+        pid=os.getpid(),
+    )
+    return WorkerFacts(identity, read_tokenizer_files(engine.model_dir, engine.eos_ids), engine.memory_bytes)
+
+
+async def serve_worker(config: WorkerConfig, facts: WorkerFacts, build: Callable[[Outbox], Running]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),
+        ]
+    )
+    identity = replace(facts.identity, address=_bind(server, config.listen))
+    service = WorkerService(
+        identity, facts.tokenizer, memory_bytes=facts.memory_bytes, session_idle_s=config.session_idle_s
+    )
+    backend = build(Outbox(loop, service.deliver))
+    service.attach(backend)
+    pb_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    names = (pb.DESCRIPTOR.services_by_name["Worker"].full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    backend.start()
+    await server.start()
+    await _set_health(checks, health_pb2.HealthCheckResponse.SERVING)
+    _ready_line(identity, facts)
+    repeater = asyncio.create_task(service.repeat_stats())
+    try:
+        await stop.wait()
+        log.info("draining", timeout_s=config.drain_timeout_s)
+        await _set_health(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await _drain(service, backend, config.drain_timeout_s)
+    finally:
+        repeater.cancel()
+        await server.stop(grace=1.0)
+        if not await asyncio.to_thread(backend.stop, 10.0):
+            log.error("engine_thread_did_not_stop")
+            os._exit(1)
+    log.info("stopped")
+
+
+def _bind(server: grpc.aio.Server, listen: str) -> str:
+    host, _, _ = listen.rpartition(":")
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {listen}: {error}") from error
+    return f"{host}:{port}"
+
+
+async def _set_health(checks: Any, status: Any) -> None:
+    for name in ("", SERVICE):
+        await checks.set(name, status)
+
+
+def _ready_line(identity: WorkerIdentity, facts: WorkerFacts) -> None:
+    log.info(
+        "ready",
+        address=identity.address,
+        kv_address=identity.kv_address,
+        model=identity.model,
+        device=identity.device,
+        memory_bytes=facts.memory_bytes,
+        kv_capacity_tokens=identity.kv_capacity_tokens,
+        fingerprint=identity.fingerprint,
+        incarnation=identity.incarnation,
+        pid=identity.pid,
+    )
+
+
+async def _drain(service: WorkerService, backend: Running, timeout_s: float) -> None:
+    service.draining = True
+    backend.drain()
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while not backend.idle and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.02)
+
+
+def die(error: ConfigError) -> None:
+    """A start that cannot succeed: the reason on stderr, status 2, so that a supervisor does not try again."""
+    print(f"lanewise: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_USAGE)

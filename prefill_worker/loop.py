@@ -1,0 +1,322 @@
+"""The engine thread of a prefill worker: which prompt tokens to compute next, and their way to the decode side.
+
+Owns: the attempts between submit and the end of their transfer, and who may use which pages meanwhile.
+Must not: order work itself (the batching policy does), move bytes (the sender does) or touch sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import structlog
+
+from lanewise.engine.opening import open_sequence
+from lanewise.engine.runner import Work
+from lanewise.fleet import Link, WorkerStats
+from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
+from lanewise.request import Submission, Token
+from lanewise.rpc.loop import Attempt, Key, WorkerLoop
+from lanewise.rpc.outbox import Outbox
+from lanewise.transfer.records import Aborted, Busy, Delivered, LinkReport, SenderEvent
+
+if TYPE_CHECKING:
+    from lanewise.engine.runner import Engine, Sampled
+    from lanewise.engine.sequence import Sequence
+    from lanewise.transfer.faults import Faults
+    from lanewise.transfer.sender import Sender
+
+MAX_BUSY_S = 5.0  # a decode side without room for this long: let the router choose again
+
+log = structlog.get_logger(__name__)
+
+
+class Phase(StrEnum):
+    QUEUED = "queued"  # holds no pages
+    BLOCKED = "blocked"  # wanted pages and got none; asked again when some come free
+    COMPUTING = "computing"  # holds pages for the whole prompt; its transfer has begun
+    SENDING = "sending"  # token 1 is out, KV is still on its way
+
+
+@dataclass(slots=True, kw_only=True)
+class Prefill(Attempt):
+    seq: Sequence
+    cache_key: bytes
+    phase: Phase = Phase.QUEUED
+    lent: bool = False  # the sender may read its pages: they must not be released
+    token: Token | None = None  # token 1, once sampled
+    retry_at: float | None = None  # the decode side was busy: offer again then
+    busy_since: float | None = None
+
+
+class PrefillLoop(WorkerLoop[Prefill]):
+    def __init__(
+        self,
+        engine: Engine,
+        policy: BatchPolicy,
+        outbox: Outbox,
+        faults: Faults,
+        *,
+        ttft_target_s: float,
+    ) -> None:
+        super().__init__(outbox)
+        self._engine = engine
+        self._policy = policy
+        self._faults = faults
+        self._ttft_target_s = ttft_target_s
+        self._sender: Sender | None = None
+        self._closing: dict[Key, Prefill] = {}  # ended for the router, pages still lent
+        self._links: dict[str, Link] = {}
+        self._audited = True
+        self._leaked = 0
+
+    def attach_sender(self, sender: Sender) -> None:
+        self._sender = sender
+
+    @property
+    def sender(self) -> Sender:
+        if self._sender is None:
+            raise RuntimeError("attach_sender() before start()")
+        return self._sender
+
+    def on_transfer(self, event: SenderEvent) -> None:
+        """Called on the transfer thread."""
+        self.call(lambda: self._on_transfer(event))
+
+    # ------------------------------------------------------------ attempts come and go
+
+    def open(self, session: str, submission: Submission, now: float) -> Prefill:
+        seq, key = open_sequence(submission, self._engine, self._engine.pool.usage().capacity_tokens)
+        attempt = Prefill(
+            session=session,
+            submission=submission,
+            arrived_at=now,
+            deadline_at=now + submission.deadline_s,
+            seq=seq,
+            cache_key=key,
+        )
+        cached = self._engine.pool.match(seq.ids, key)
+        self._enqueue(attempt, cached)
+        self.outbox.accepted(session, attempt.key, cached)
+        self._faults.point("queued")
+        return attempt
+
+    def _enqueue(self, attempt: Prefill, cached: int) -> None:
+        target = attempt.submission.ttft_target_s or self._ttft_target_s
+        self._policy.add(
+            Job(
+                key=attempt.key,
+                arrival_s=attempt.arrived_at,
+                remaining_tokens=len(attempt.seq.ids) - cached,
+                context_tokens=cached,
+                ttft_deadline_s=attempt.arrived_at + target,
+            )
+        )
+
+    def close(self, attempt: Prefill, reason: str) -> None:
+        self._policy.remove(attempt.key)
+        if attempt.lent:
+            self._closing[attempt.key] = attempt
+            self.sender.abort(attempt.key, reason)
+        else:
+            self._release(attempt)
+
+    def _release(self, attempt: Prefill) -> None:
+        self._engine.pool.seal(attempt.seq, attempt.cache_key)
+        self._engine.pool.release(attempt.seq)
+        self._audited = False
+        for other in self.attempts.values():
+            if other.phase is Phase.BLOCKED:
+                other.phase = Phase.QUEUED
+                self._enqueue(other, self._engine.pool.match(other.seq.ids, other.cache_key))
+
+    def _on_transfer(self, event: SenderEvent) -> None:
+        if isinstance(event, LinkReport):
+            self._links[event.link.peer] = event.link
+            return
+        if not isinstance(event, Delivered | Aborted | Busy):
+            return
+        closing = self._closing.pop(event.key, None)
+        if closing is not None:
+            self._release(closing)
+            return
+        attempt = self.attempts.get(event.key)
+        if attempt is None:
+            return
+        attempt.lent = False
+        match event:
+            case Delivered():
+                self.end(event.key, "delivered")
+            case Busy():
+                self._busy(attempt, event.retry_after_s)
+            case Aborted():
+                self._transfer_failed(attempt, event.reason, event.fingerprint_mismatch)
+
+    def _busy(self, attempt: Prefill, retry_after_s: float) -> None:
+        """The KV stays here and is offered again; after a while the router may know a better place."""
+        now = self.clock()
+        attempt.busy_since = attempt.busy_since or now
+        if now - attempt.busy_since > MAX_BUSY_S:
+            self._transfer_failed(attempt, f"the decode side was busy for {MAX_BUSY_S:g} s", False)
+        else:
+            attempt.retry_at = now + retry_after_s
+
+    def _transfer_failed(self, attempt: Prefill, reason: str, fingerprint_mismatch: bool) -> None:
+        self.outbox.transfer_failed(attempt.session, attempt.key, reason, fingerprint_mismatch)
+        self.end(attempt.key, reason)
+
+    def on_peers(self, peers: Iterable[tuple[str, str, str]]) -> None:
+        known = {}
+        for kv_address, incarnation, _fingerprint in peers:
+            known[incarnation] = kv_address
+            if incarnation not in self._links:
+                self.sender.connect(kv_address, incarnation)
+        self._links = {peer: link for peer, link in self._links.items() if peer in known}
+
+    # ------------------------------------------------------------ one round
+
+    def turn(self, now: float) -> float | None:
+        retry_at = self._offer_again(now)
+        while True:
+            plan = self._policy.next_batch(now)
+            if not plan.chunks:
+                wake = [at for at in (plan.wait_until_s, retry_at) if at is not None]
+                return max(0.001, min(wake) - now) if wake else None
+            work = self._admit(plan)
+            if work:
+                self._step(plan, work)
+                return 0.0
+            # Nothing of the plan could get pages; those jobs are blocked now, so the next plan is another one.
+
+    def _admit(self, plan: BatchPlan) -> list[Work]:
+        """Chunks as work. A prompt gets pages for all its tokens or none, so no two half-prompts can deadlock."""
+        work = []
+        for key, tokens in plan.chunks:
+            attempt = self.attempts[key]  # type: ignore[index]
+            if attempt.phase is Phase.QUEUED and not self._start(attempt):
+                continue
+            left = len(attempt.seq.ids) - attempt.seq.num_computed
+            work.append(Work(attempt.seq, min(tokens, left)))
+        return work
+
+    def _start(self, attempt: Prefill) -> bool:
+        pool, seq = self._engine.pool, attempt.seq
+        cached = pool.attach(seq, attempt.cache_key)
+        if not pool.ensure(seq, len(seq.ids)):
+            pool.release(seq)
+            self._policy.remove(attempt.key)
+            attempt.phase = Phase.BLOCKED
+            return False
+        attempt.phase = Phase.COMPUTING
+        self._enqueue(attempt, cached)  # the cache may have grown or shrunk since it was queued
+        self._offer(attempt)
+        return True
+
+    def _offer(self, attempt: Prefill) -> None:
+        """Lend the pages to a transfer and say what of them is computed."""
+        partner = attempt.submission.partner
+        if partner is None:
+            raise RuntimeError(f"prefill attempt {attempt.key} has no partner")
+        attempt.lent, attempt.retry_at = True, None
+        seq = attempt.seq
+        prompt = seq.ids if attempt.token is None else seq.ids[:-1]
+        self.sender.begin(attempt.key, partner, prompt, attempt.cache_key, list(seq.pages))
+        if seq.num_computed:
+            self.sender.ready(attempt.key, seq.num_computed)
+        if attempt.token is not None:
+            self.sender.commit(attempt.key, attempt.token)
+
+    def _offer_again(self, now: float) -> float | None:
+        """Offers whose time has come; returns when the next one is due."""
+        pending = [a for a in self.attempts.values() if a.retry_at is not None]
+        for attempt in pending:
+            if attempt.retry_at is not None and attempt.retry_at <= now:
+                self._offer(attempt)
+        return min((a.retry_at for a in pending if a.retry_at is not None), default=None)
+
+    def _step(self, plan: BatchPlan, work: list[Work]) -> None:
+        self.publish(self.clock())
+        self.outbox.flush()  # `accepted` and failures need not wait for the batch
+        started = self.clock()
+        sampled = self._engine.step(work, on_layers=self._on_layers)
+        ended = self.clock()
+        self._policy.observe(plan, ended, ended - started)
+        for item, token in zip(work, sampled, strict=True):
+            attempt = self.attempts.get(item.seq.key)
+            if attempt is None:
+                continue
+            self._engine.pool.seal(attempt.seq, attempt.cache_key)
+            self._policy.progress(attempt.key, item.num_new)
+            if attempt.lent:
+                self.sender.ready(attempt.key, attempt.seq.num_computed)
+            if token is not None:
+                self._first_token(attempt, token)
+
+    def _on_layers(self, _first: int, _last: int) -> None:
+        self._faults.point("first_chunk_computing")
+
+    def _first_token(self, attempt: Prefill, sampled: Sampled) -> None:
+        seq = attempt.seq
+        index = seq.num_output
+        seq.ids.append(sampled.token_id)
+        finish = seq.finish(sampled.token_id)
+        token = Token(
+            attempt.submission.request_id,
+            attempt.submission.epoch,
+            index,
+            sampled.token_id,
+            sampled.logprob,
+            sampled.top,
+            finish,
+        )
+        self.outbox.token(attempt.session, token)
+        self._faults.point("token1_sent")
+        if finish is None:
+            attempt.phase, attempt.token = Phase.SENDING, token
+            if attempt.lent:
+                self.sender.commit(attempt.key, token)
+        else:
+            self.end(attempt.key, "finished at token 1")
+
+    # ------------------------------------------------------------ statistics
+
+    @property
+    def idle(self) -> bool:
+        return not self.attempts and not self._closing
+
+    def publish(self, now: float) -> None:
+        pool = self._engine.pool
+        usage = pool.usage()
+        jobs = self._policy.jobs.values()
+        queued = sum(job.remaining_tokens for job in jobs)
+        cost = self._policy.cost
+        if not self.attempts and not self._closing and not self._audited:
+            self._audit()
+        self.outbox.blocks(*pool.take_events())
+        self.outbox.stats(
+            WorkerStats(
+                queued_requests=len(self._policy.jobs),
+                queued_tokens=queued,
+                kv_used_tokens=usage.used_tokens,
+                kv_capacity_tokens=usage.capacity_tokens,
+                kv_cached_tokens=usage.cached_tokens,
+                queue_wait_s=round(cost.token_s * queued, 4),
+                cost=cost.to_mapping(),
+                lane=self.lane,
+                lane_generation=self.lane_generation,
+                draining=self.draining,
+                links=tuple(self._links.values()),
+                transfers=sum(a.lent for a in self.attempts.values()) + len(self._closing),
+                leaked_blocks=self._leaked,
+            )
+        )
+
+    def _audit(self) -> None:
+        """Runs whenever the worker falls idle: every page must be free or in the cache."""
+        self._audited = True
+        defects = self._engine.pool.audit([])
+        self._leaked = len(defects)
+        if defects:
+            log.error("kv_pool_audit_failed", defects=defects[:20])
