@@ -26,7 +26,7 @@ from lanewise.transfer.records import Endpoint, ReceiverEvent
 
 def main() -> None:
     try:
-        config = parse_config(WorkerConfig, "lanewise.decode_worker")
+        config = parse_config(WorkerConfig)
         setup_logging("decode", config.name, log_format=config.log_format, log_level=config.log_level)
         uvloop.run(_serve(config))
     except ConfigError as error:

@@ -106,13 +106,13 @@ class RouterConfig(_ProcessConfig):
 C = TypeVar("C", bound=_ProcessConfig)
 
 
-def parse_config(kind: type[C], prog: str, argv: Sequence[str] | None = None) -> C:
+def parse_config(kind: type[C], argv: Sequence[str] | None = None) -> C:
     """Flags (default: of this process), then `LANEWISE_*`, then the file of `LANEWISE_CONFIG`, then the defaults.
 
     Raises ConfigError naming every field at fault; a flag that does not exist ends the process with status 2.
     """
     try:
-        return CliApp.run(kind, cli_args=None if argv is None else list(argv), cli_prog_name=prog)
+        return CliApp.run(kind, cli_args=None if argv is None else list(argv))
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in item['loc']) or 'configuration'}: {item['msg']}"

@@ -26,7 +26,7 @@ from lanewise.transfer.sender import Sender
 
 def main() -> None:
     try:
-        config = parse_config(WorkerConfig, "lanewise.prefill_worker")
+        config = parse_config(WorkerConfig)
         setup_logging("prefill", config.name, log_format=config.log_format, log_level=config.log_level)
         uvloop.run(_serve(config))
     except ConfigError as error:

@@ -164,7 +164,8 @@ async def _drain(service: WorkerService, backend: Running, timeout_s: float) -> 
     service.draining = True
     backend.drain()
     deadline = asyncio.get_running_loop().time() + timeout_s
-    while not backend.idle and asyncio.get_running_loop().time() < deadline:
+    # Polled, since the other side is a thread, which has no asyncio.Event.
+    while not backend.idle and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.02)
 
 
