@@ -1,0 +1,123 @@
+"""The KV pool: page bookkeeping plus the tensors the pages are in, and their canonical wire form.
+
+Owns: allocation of the KV tensors, its automatic size, and the copies between pages and wire bytes.
+Must not: compute attention (kernels do) or schedule. `read` and `write` are the only methods that another thread than
+the engine's may call, and only for pages that the engine thread has lent to a transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+
+from lanewise.engine.model_config import ModelConfig
+from lanewise.engine.pages import PageTable, PoolUsage
+from lanewise.errors import ConfigError
+from lanewise.policy.blocks import UNIT_TOKENS, KVLayout
+
+__all__ = ["KVPool", "PoolUsage", "layout_of", "pool_pages"]
+
+Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+
+
+class KVPool(PageTable):
+    """`layers[i]` is [2 (K, V), num_pages, page_tokens, kv_heads, head_dim]."""
+
+    def __init__(self, layout: KVLayout, num_pages: int, page_tokens: int, device: torch.device) -> None:
+        super().__init__(num_pages, page_tokens)
+        self.layout = layout
+        self.device = device
+        shape = (2, num_pages, page_tokens, layout.num_kv_heads, layout.head_dim)
+        dtype: torch.dtype = getattr(torch, layout.dtype)
+        # torch.empty: on a CPU the system backs a page of KV only once it is written.
+        self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layout.num_layers)]
+        row_bytes = layout.num_kv_heads * layout.head_dim * layout.dtype_bytes
+        self._raw = [layer.view(2, num_pages * page_tokens, -1).view(torch.uint8) for layer in self.layers]
+        self._rows: list[Bytes] = [raw.numpy() for raw in self._raw] if device.type == "cpu" else []
+        self._row_bytes = row_bytes
+
+    def read(self, pages: Seq[int], tokens: range, layers: range) -> Bytes:
+        """Bytes [layer][K|V][token][head][dim] of these tokens of the sequence that `pages` belong to."""
+        out = np.empty((len(layers), 2, len(tokens), self._row_bytes), dtype=np.uint8)
+        runs = self._runs(pages, tokens)
+        for index, layer in enumerate(layers):
+            if self._rows:
+                for slot, offset, count in runs:
+                    out[index, :, offset : offset + count] = self._rows[layer][:, slot : slot + count]
+            else:
+                out[index] = self._raw[layer].index_select(1, self._slots(runs)).cpu().numpy()
+        return out.reshape(-1)
+
+    def write(self, pages: Seq[int], tokens: range, layers: range, data: memoryview | bytes | Bytes) -> None:
+        """The inverse of `read`."""
+        source = np.frombuffer(data, dtype=np.uint8).reshape(len(layers), 2, len(tokens), self._row_bytes)
+        runs = self._runs(pages, tokens)
+        for index, layer in enumerate(layers):
+            if self._rows:
+                for slot, offset, count in runs:
+                    self._rows[layer][:, slot : slot + count] = source[index, :, offset : offset + count]
+            else:
+                part = torch.from_numpy(source[index].copy()).to(self.device)
+                self._raw[layer].index_copy_(1, self._slots(runs), part)
+
+    def _slots(self, runs: list[tuple[int, int, int]]) -> torch.Tensor:
+        return torch.cat([torch.arange(slot, slot + count) for slot, _, count in runs]).to(self.device)
+
+    def _runs(self, pages: Seq[int], tokens: range) -> list[tuple[int, int, int]]:
+        """(first slot, offset in `tokens`, count) of each stretch of tokens whose slots are neighbours."""
+        if tokens.step != 1 or tokens.start < 0 or tokens.stop > len(pages) * self.page_tokens:
+            raise ValueError(f"{tokens} does not lie in {len(pages)} pages of {self.page_tokens} tokens")
+        runs: list[tuple[int, int, int]] = []
+        token = tokens.start
+        while token < tokens.stop:
+            start = token
+            page, offset = divmod(token, self.page_tokens)
+            token = (page + 1) * self.page_tokens
+            while token < tokens.stop and pages[page + 1] == pages[page] + 1:
+                page += 1
+                token += self.page_tokens
+            first_page = pages[start // self.page_tokens]
+            stop = min(token, tokens.stop)
+            runs.append((first_page * self.page_tokens + offset, start - tokens.start, stop - start))
+        return runs
+
+
+def layout_of(config: ModelConfig, dtype: torch.dtype) -> KVLayout:
+    return KVLayout(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        dtype_bytes=dtype.itemsize,
+    )
+
+
+def pool_pages(
+    layout: KVLayout,
+    page_tokens: int,
+    *,
+    asked_bytes: int,
+    memory_bytes: int,
+    weight_bytes: int,
+    workspace_bytes: int,
+    sharing: int,
+    useful_tokens: int,
+) -> int:
+    """Pages of the pool: `asked_bytes` if set, else a share of what memory leaves, but no more than can be used.
+
+    `useful_tokens` is what all running sequences at full context would need.
+    """
+    page_bytes = page_tokens * layout.bytes_per_token
+    if asked_bytes:
+        num_bytes = asked_bytes
+    else:
+        left = int(memory_bytes * 0.8) - weight_bytes - workspace_bytes
+        num_bytes = min(left // sharing, useful_tokens * layout.bytes_per_token)
+    if num_bytes < UNIT_TOKENS * layout.bytes_per_token:
+        raise ConfigError(
+            f"{max(num_bytes, 0)} bytes are too few for a KV pool: {UNIT_TOKENS} tokens take "
+            f"{UNIT_TOKENS * layout.bytes_per_token} (memory {memory_bytes}, weights {weight_bytes}, sharing {sharing})"
+        )
+    return num_bytes // page_bytes

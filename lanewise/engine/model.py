@@ -1,0 +1,75 @@
+"""The whole decoder of every supported family, over a ragged batch of tokens.
+
+Owns: the forward pass from token ids to hidden states and logits. N is the number of rows (new tokens of all sequences,
+one after the other), H heads, G key-value heads, D head_dim.
+Must not: know sequences, sampling or page bookkeeping. Norms compute in fp32 and round where `transformers` rounds, so
+that greedy output in fp32 equals its output token for token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import linear, rms_norm, silu
+
+from lanewise.engine.model_config import ModelConfig
+from lanewise.engine.rope import RotaryEmbedding, rotate
+from lanewise.engine.weights import LayerWeights, Linear, Weights
+from lanewise.kernels.plan import BatchPlan
+from lanewise.kernels.select import Attention
+
+OnLayers = Callable[[int, int], None]
+
+
+class Decoder:
+    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention) -> None:
+        self.config = config
+        self.weights = weights
+        self.attention = attention
+        self.rope = RotaryEmbedding(config.rope, config.head_dim, weights.embedding.device)
+
+    def forward(
+        self, ids: torch.Tensor, plan: BatchPlan, cache: list[torch.Tensor], on_layers: OnLayers | None = None
+    ) -> torch.Tensor:
+        """Hidden states [N, hidden] before the last norm. `on_layers(lo, hi)` is called when their KV is in `cache`."""
+        hidden = self.weights.embedding[ids]  # [N, hidden]
+        cos, sin = self.rope.angles(plan.positions, hidden.dtype)  # [N, 1, D]
+        for index, layer in enumerate(self.weights.layers):
+            query, key, value = self._project(layer, self._norm(hidden, layer.attention_norm))
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            self.attention.write(plan, cache[index], key, value)
+            if on_layers is not None:
+                on_layers(index, index + 1)
+            mixed = self.attention.attend(
+                plan, cache[index], query, key, value, self.config.windows[index]
+            )  # [N, H, D]
+            hidden = hidden + _apply(layer.output, mixed.reshape(len(hidden), -1))
+            inner = self._norm(hidden, layer.mlp_norm)
+            hidden = hidden + _apply(layer.down, silu(_apply(layer.gate, inner)) * _apply(layer.up, inner))
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, vocab] in fp32 for the rows that are sampled."""
+        return linear(self._norm(hidden, self.weights.norm), self.weights.head).float()
+
+    def _project(self, layer: LayerWeights, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query [N, H, D], key and value [N, G, D], before rotation."""
+        dim = self.config.head_dim
+        query = _apply(layer.query, hidden).view(len(hidden), -1, dim)
+        key = _apply(layer.key, hidden).view(len(hidden), -1, dim)
+        value = _apply(layer.value, hidden).view(len(hidden), -1, dim)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
+        return query, key, value
+
+    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm over the last dimension: statistics in fp32, rounded to the compute dtype before the weight."""
+        eps = self.config.rms_norm_eps
+        if hidden.dtype == torch.float32:
+            return rms_norm(hidden, (hidden.shape[-1],), weight, eps)
+        return weight * rms_norm(hidden.float(), (hidden.shape[-1],), None, eps).to(hidden.dtype)
+
+
+def _apply(layer: Linear, hidden: torch.Tensor) -> torch.Tensor:
+    return linear(hidden, layer.weight, layer.bias)

@@ -1,0 +1,168 @@
+"""The engine of a worker: a loaded model, its KV pool, and one forward pass at a time.
+
+Owns: loading in order (device, cores, weights, pool) and `step`. Must not: decide what to compute (the loops and
+policies do), end or preempt sequences, or be used from two threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lanewise.config import WorkerConfig
+from lanewise.engine import machine, sources, weights
+from lanewise.engine.checkpoint import Checkpoint
+from lanewise.engine.kv_pool import KVPool, layout_of, pool_pages
+from lanewise.engine.model import Decoder, OnLayers
+from lanewise.engine.model_config import ModelConfig, read_model_config
+from lanewise.engine.sampler import Sampled, sample
+from lanewise.engine.sequence import Sequence
+from lanewise.errors import ConfigError
+from lanewise.kernels.plan import Span
+from lanewise.kernels.select import select_attention
+from lanewise.request import Sampling
+
+__all__ = ["Engine", "Sampled", "Work"]
+
+
+@dataclass(slots=True)
+class Work:
+    """Compute ids[num_computed : num_computed + num_new] of `seq`, whose pages the pool has ensured."""
+
+    seq: Sequence
+    num_new: int
+
+
+class Engine:
+    """Make it with `load`."""
+
+    def __init__(
+        self, model_dir: Path, model_config: ModelConfig, decoder: Decoder, pool: KVPool, fields: dict[str, str]
+    ) -> None:
+        self.model_dir = model_dir
+        self.model_config = model_config
+        self.pool = pool
+        self.fingerprint_fields = fields
+        self.fingerprint = weights.fingerprint(fields)
+        self.eos_ids = model_config.eos_ids
+        self.vocab_size = model_config.vocab_size
+        self.max_context_tokens = model_config.max_context_tokens
+        self.device = str(pool.device)
+        self.memory_bytes = machine.memory_bytes(pool.device)
+        self._decoder = decoder
+
+    @classmethod
+    def load(cls, config: WorkerConfig, on_progress: sources.Progress | None = None) -> Engine:
+        """A ready engine, or ConfigError. Binds the calling thread to the worker's cores if it has its own."""
+        device = machine.choose_device(config.device)
+        if device.type == "cpu":
+            machine.bind_cores(config.cores, config.threads)
+        directory = sources.resolve(config.model, config.revision, on_progress)
+        model_config = read_model_config(directory)
+        max_context_tokens = _context_limit(config, model_config)
+        checkpoint = Checkpoint(directory)
+        builtin = config.model.startswith(sources.BUILTIN)
+        dtype = weights.compute_dtype(config.dtype, checkpoint, device, builtin)
+        with torch.inference_mode():
+            loaded = weights.load_weights(checkpoint, model_config, dtype, device, on_progress)
+            pool = _make_pool(config, model_config, max_context_tokens, checkpoint, dtype, device)
+            attention = select_attention(
+                model_config.head_dim, model_config.num_kv_heads, config.page_tokens, dtype, device
+            )
+            decoder = Decoder(model_config, loaded, attention)
+        fields = weights.fingerprint_fields(checkpoint, model_config, pool.layout.dtype)
+        engine = cls(directory, model_config, decoder, pool, fields)
+        engine.max_context_tokens = max_context_tokens
+        return engine
+
+    @torch.inference_mode()
+    def step(self, work: list[Work], on_layers: OnLayers | None = None) -> list[Sampled | None]:
+        """One forward pass over all work. Where all ids of a sequence are then computed, its next token is sampled and
+        returned (not appended), else None. `on_layers(lo, hi)` is called when the KV of these layers is in the pool."""
+        for item in work:
+            if not 0 < item.num_new <= item.seq.num_uncomputed:
+                raise ValueError(f"{item.seq.key}: cannot compute {item.num_new} of {item.seq.num_uncomputed} ids")
+            if item.seq.num_computed + item.num_new > len(item.seq.pages) * self.pool.page_tokens:
+                raise ValueError(f"{item.seq.key}: pages have not been ensured")
+        if not work:
+            return []
+        spans = [Span(item.seq.pages, item.seq.num_computed, item.num_new) for item in work]
+        plan = self._decoder.attention.plan(spans)
+        ids: list[int] = []
+        for index in plan.order:
+            seq, num_new = work[index].seq, work[index].num_new
+            ids += seq.ids[seq.num_computed : seq.num_computed + num_new]
+        rows = torch.tensor(ids, device=self.pool.device)
+        hidden = self._decoder.forward(rows, plan, self.pool.layers, self._synchronised(on_layers))
+        for item in work:
+            item.seq.num_computed += item.num_new
+        complete = [(index, end - 1) for index, end in zip(plan.order, plan.ends, strict=True)]
+        complete = [(index, row) for index, row in complete if work[index].seq.num_uncomputed == 0]
+        results: list[Sampled | None] = [None] * len(work)
+        if complete:
+            logits = self._decoder.logits(hidden[[row for _, row in complete]])
+            tokens = sample(logits, [work[index].seq for index, _ in complete])
+            for (index, _), token in zip(complete, tokens, strict=True):
+                results[index] = token
+        return results
+
+    def warm_up(self) -> None:
+        """One short prefill and one decode step, so that the first request meets loaded pages and chosen kernels."""
+        ids = [index % self.vocab_size for index in range(min(32, self.max_context_tokens - 2))]
+        seq = Sequence(("warm-up", 0), ids, len(ids), Sampling(max_tokens=2, temperature=0.0))
+        try:
+            for _ in range(2):
+                if not self.pool.ensure(seq, len(seq.ids)):
+                    return
+                sampled = self.step([Work(seq, seq.num_uncomputed)])[0]
+                assert sampled is not None
+                seq.ids.append(sampled.token_id)
+        finally:
+            self.pool.release(seq)
+
+    def _synchronised(self, on_layers: OnLayers | None) -> OnLayers | None:
+        """On a GPU the host runs ahead: wait until the KV is really there before saying so."""
+        if on_layers is None or self.pool.device.type == "cpu":
+            return on_layers
+        said: Callable[[int, int], None] = on_layers
+
+        def after(low: int, high: int) -> None:
+            torch.cuda.current_stream(self.pool.device).synchronize()
+            said(low, high)
+
+        return after
+
+
+def _context_limit(config: WorkerConfig, model_config: ModelConfig) -> int:
+    asked = config.max_context_tokens
+    if asked > model_config.max_context_tokens:
+        raise ConfigError(f"max_context_tokens {asked} exceeds the model's own {model_config.max_context_tokens}")
+    return asked or model_config.max_context_tokens
+
+
+def _make_pool(
+    config: WorkerConfig,
+    model_config: ModelConfig,
+    max_context_tokens: int,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVPool:
+    layout = layout_of(model_config, dtype)
+    rows = config.max_batch_tokens + config.max_running
+    activations = rows * (6 * model_config.hidden_size + 3 * model_config.intermediate_size)
+    scores = config.max_batch_tokens * max_context_tokens + 4 * config.max_running * model_config.vocab_size
+    num_pages = pool_pages(
+        layout,
+        config.page_tokens,
+        asked_bytes=config.kv_cache_bytes,
+        memory_bytes=machine.memory_bytes(device),
+        weight_bytes=checkpoint.num_bytes,
+        workspace_bytes=4 * (activations + scores),
+        sharing=config.sharing,
+        useful_tokens=config.max_running * max_context_tokens,
+    )
+    return KVPool(layout, num_pages, config.page_tokens, device)

@@ -1,0 +1,185 @@
+"""The tensors a decoder needs, checked, in the compute dtype, on the device; and the fingerprint of it all.
+
+Owns: which tensors a ModelConfig calls for, their shapes, the choice of compute dtype and the conversion.
+Must not: read files (checkpoint.py) or compute with the weights (model.py). Nothing is held twice: where dtype and
+device match, a weight stays a view of the mapped file; otherwise it is converted alone, before the next is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lanewise.engine.checkpoint import Checkpoint
+from lanewise.engine.model_config import ModelConfig
+from lanewise.engine.sources import Progress
+from lanewise.errors import ConfigError
+
+PROTOCOL = "1"
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry
+
+
+@dataclass(slots=True)
+class Linear:
+    """`weight` is [out, in]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    attention_norm: torch.Tensor  # [hidden]
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+    query_norm: torch.Tensor | None  # [head_dim]
+    key_norm: torch.Tensor | None  # [head_dim]
+    mlp_norm: torch.Tensor  # [hidden]
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@dataclass(slots=True)
+class Weights:
+    embedding: torch.Tensor  # [vocab, hidden]
+    layers: list[LayerWeights]
+    norm: torch.Tensor  # [hidden]
+    head: torch.Tensor  # [vocab, hidden]; the embedding itself where tied
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+
+def compute_dtype(asked: str, checkpoint: Checkpoint, device: torch.device, builtin: bool) -> torch.dtype:
+    """`auto` keeps the checkpoint's dtype, except that a CPU never computes in fp16 (its GEMM takes minutes there)."""
+    if asked == "float16" and device.type == "cpu":
+        raise ConfigError("float16 on a CPU is hundreds of times slower than bfloat16; use --dtype bfloat16 or float32")
+    if asked != "auto":
+        dtype: torch.dtype = getattr(torch, asked)
+        return dtype
+    if builtin and device.type == "cpu":
+        return torch.float32
+    stored = checkpoint.tensor("model.embed_tokens.weight").dtype
+    return torch.bfloat16 if stored == torch.float16 and device.type == "cpu" else stored
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_progress: Progress | None = None,
+) -> Weights:
+    """All weights; ConfigError names the first tensor that is missing, unknown or of a wrong shape."""
+    shapes = dict(expected_shapes(config))
+    _check(checkpoint, shapes, config)
+    loaded: dict[str, torch.Tensor] = {}
+    for done, name in enumerate(shapes):
+        loaded[name] = checkpoint.tensor(name).to(device=device, dtype=dtype)
+        if on_progress is not None:
+            on_progress("load", done + 1, len(shapes))
+    embedding = loaded["model.embed_tokens.weight"]
+    return Weights(
+        embedding=embedding,
+        layers=[_layer(loaded, f"model.layers.{index}.") for index in range(config.num_layers)],
+        norm=loaded["model.norm.weight"],
+        head=embedding if config.tied_embeddings else loaded["lm_head.weight"],
+    )
+
+
+def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of exactly the tensors a model of this configuration uses."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (query, hidden, config.qkv_bias),
+        "self_attn.k_proj": (key_value, hidden, config.qkv_bias),
+        "self_attn.v_proj": (key_value, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, query, config.output_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    for index in range(config.num_layers):
+        prefix = f"model.layers.{index}."
+        yield prefix + "input_layernorm.weight", (hidden,)
+        yield prefix + "post_attention_layernorm.weight", (hidden,)
+        for name, (rows, columns, bias) in linears.items():
+            yield f"{prefix}{name}.weight", (rows, columns)
+            if bias:
+                yield f"{prefix}{name}.bias", (rows,)
+        if config.qk_norm:
+            yield prefix + "self_attn.q_norm.weight", (config.head_dim,)
+            yield prefix + "self_attn.k_norm.weight", (config.head_dim,)
+    yield "model.norm.weight", (hidden,)
+    if not config.tied_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+def _check(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
+    for name, shape in shapes.items():
+        entry = checkpoint.entries.get(name)
+        if entry is None:
+            raise ConfigError(f"{checkpoint.directory}: tensor {name} is missing")
+        if entry.shape != shape:
+            raise ConfigError(
+                f"{checkpoint.directory}: tensor {name} has shape {entry.shape}, config.json says {shape}"
+            )
+    allowed = {"lm_head.weight"} if config.tied_embeddings else set()  # some tied checkpoints store it all the same
+    for name in checkpoint.entries:
+        if name not in shapes and name not in allowed and not name.endswith(IGNORED_SUFFIXES):
+            raise ConfigError(f"{checkpoint.directory}: tensor {name} belongs to no part of a {config.family} model")
+
+
+def _layer(loaded: dict[str, torch.Tensor], prefix: str) -> LayerWeights:
+    def linear(name: str) -> Linear:
+        return Linear(loaded[f"{prefix}{name}.weight"], loaded.get(f"{prefix}{name}.bias"))
+
+    return LayerWeights(
+        attention_norm=loaded[prefix + "input_layernorm.weight"],
+        query=linear("self_attn.q_proj"),
+        key=linear("self_attn.k_proj"),
+        value=linear("self_attn.v_proj"),
+        output=linear("self_attn.o_proj"),
+        query_norm=loaded.get(prefix + "self_attn.q_norm.weight"),
+        key_norm=loaded.get(prefix + "self_attn.k_norm.weight"),
+        mlp_norm=loaded[prefix + "post_attention_layernorm.weight"],
+        gate=linear("mlp.gate_proj"),
+        up=linear("mlp.up_proj"),
+        down=linear("mlp.down_proj"),
+    )
+
+
+def fingerprint_fields(checkpoint: Checkpoint, config: ModelConfig, kv_dtype: str) -> dict[str, str]:
+    """What must be equal before the KV of one worker means anything to another, in words a person can compare."""
+    tokenizer = checkpoint.directory / "tokenizer.json"
+    structure = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in ("rope", "eos_ids", "max_context_tokens")
+    }
+    return {
+        "protocol": PROTOCOL,
+        "weight_digest": checkpoint.digest(),
+        "model_config": " ".join(f"{name}={value}" for name, value in structure.items()),
+        "rope": " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config.rope).items()),
+        "kv_dtype": kv_dtype,
+        "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else "none",
+        "adapters": "none",
+    }
+
+
+def fingerprint(fields: dict[str, str]) -> str:
+    state = hashlib.sha256()
+    for name in sorted(fields):
+        state.update(f"{name}={fields[name]}\n".encode())
+    return state.hexdigest()
