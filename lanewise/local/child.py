@@ -1,0 +1,201 @@
+"""One supervised process: start, read its lines, restart with back-off, end it with all its descendants.
+
+Owns: the process group, the death signal (a supervisor that is killed takes its children along), the back-off.
+Must not: know roles or flags, print, or decide when the service as a whole is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lanewise.local.plan import ProcessPlan
+
+BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+HEALTHY_AFTER_S = 10.0
+MAX_FIRST_STARTS = 5  # a process that never became ready is not tried for ever
+CONFIG_STATUS = 2
+MAX_LINE_BYTES = 1 << 20
+_PR_SET_PDEATHSIG = 1
+
+Stream = Literal["stdout", "stderr"]
+OnLine = Callable[["Child", Stream, str, "dict[str, Any] | None"], None]
+
+
+def backoff_s(failures: int) -> float:
+    """Wait before the restart that follows `failures` earlier failures in a row."""
+    return BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
+
+
+class ChildFailed(Exception):
+    """A child that no restart will help."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Child:
+    """`run()` until `stop_restarting()`; every change of state calls `on_change`."""
+
+    def __init__(self, plan: ProcessPlan, on_line: OnLine, on_change: Callable[[Child], None]) -> None:
+        self.plan = plan
+        self.state = "starting"
+        self.pid = 0
+        self.restarts = 0
+        self.ready: dict[str, Any] = {}  # the ready line of the current process
+        self.ended = asyncio.Event()
+        self._on_line = on_line
+        self._on_change = on_change
+        self._stopping = asyncio.Event()
+        self._ready_at: float | None = None
+        self._ever_ready = False
+        self._tail: deque[str] = deque(maxlen=8)
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def run(self) -> None:
+        failures = 0
+        starts = 0
+        try:
+            while not self._stopping.is_set():
+                starts += 1
+                status, healthy_s = await self._run_once()
+                if self._stopping.is_set():
+                    break
+                if status == CONFIG_STATUS:
+                    raise ChildFailed(self._last_words(status), CONFIG_STATUS)
+                if not self._ever_ready and starts >= MAX_FIRST_STARTS:
+                    raise ChildFailed(f"gave up after {starts} starts: {self._last_words(status)}", 1)
+                failures = 0 if healthy_s >= HEALTHY_AFTER_S else failures
+                await self._wait_before_restart(backoff_s(failures))
+                failures += 1
+        finally:
+            self.pid = 0
+            self._change("stopped")
+            self.ended.set()
+
+    def stop_restarting(self) -> None:
+        self._stopping.set()
+
+    def terminate(self) -> None:
+        """Asks the process to drain and end. Its own children are its own affair until it is gone."""
+        self.stop_restarting()
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+
+    def kill(self) -> None:
+        self.stop_restarting()
+        self._kill_group()
+
+    async def _run_once(self) -> tuple[int, float]:
+        """(exit status, seconds it was ready)."""
+        loop = asyncio.get_running_loop()
+        self.ready, self._ready_at = {}, None
+        self._tail.clear()
+        self._process = process = await asyncio.create_subprocess_exec(
+            *self.plan.argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, **self.plan.environment},
+            # A group of its own: the terminal's Ctrl-C reaches the supervisor only, which drains in order.
+            process_group=0,
+            preexec_fn=_die_with(os.getpid()),
+        )
+        self.pid = process.pid
+        self._change("starting")
+        assert process.stdout is not None
+        assert process.stderr is not None
+        readers = asyncio.gather(self._read(process.stdout, "stdout"), self._read(process.stderr, "stderr"))
+        try:
+            if self._stopping.is_set():
+                self.terminate()  # asked to stop while it was being started
+            status = await process.wait()
+            self._kill_group()  # descendants that outlived it would hold its port
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(readers, 2.0)
+        finally:
+            readers.cancel()
+            self._kill_group()
+            if process.returncode is None:
+                await process.wait()
+        self.pid = 0
+        return status, loop.time() - self._ready_at if self._ready_at is not None else 0.0
+
+    async def _wait_before_restart(self, delay_s: float) -> None:
+        self.restarts += 1
+        self._change("backoff")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), delay_s)
+
+    async def _read(self, reader: asyncio.StreamReader, stream: Stream) -> None:
+        """Lines of any length; one that never ends is cut, so that a child cannot fill this process."""
+        pending = b""
+        while chunk := await reader.read(65536):
+            *lines, pending = (pending + chunk).split(b"\n")
+            if len(pending) > MAX_LINE_BYTES:
+                lines, pending = [*lines, pending], b""
+            for line in lines:
+                self._take_line(stream, line)
+        if pending:
+            self._take_line(stream, pending)
+
+    def _take_line(self, stream: Stream, raw: bytes) -> None:
+        line = raw.decode(errors="replace").rstrip()
+        if not line:
+            return
+        record = _json_object(line)
+        if record is None and stream == "stderr":
+            self._tail.append(line)
+        elif record is not None and record.get("level") in ("error", "critical"):
+            self._tail.append(str(record.get("event", line)))
+        if record is not None and record.get("event") == "ready" and stream == "stdout":
+            self.ready, self._ready_at, self._ever_ready = record, asyncio.get_running_loop().time(), True
+            self._change("ready")
+        self._on_line(self, stream, line, record)
+
+    def _change(self, state: str) -> None:
+        self.state = state
+        self._on_change(self)
+
+    def _kill_group(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _last_words(self, status: int) -> str:
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        return "\n".join(self._tail) if self._tail else f"ended with {how} and no message"
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
+    if not line.startswith("{"):
+        return None
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _die_with(parent: int) -> Callable[[], None] | None:
+    """What a child runs between fork and exec, so that it never outlives a supervisor that was killed."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def arm() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the signal was armed
+            os._exit(1)
+
+    return arm
