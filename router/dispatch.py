@@ -1,0 +1,288 @@
+"""Carries every accepted request from its arrival to its one end: the shell around flight.py.
+
+Owns: all flights, holding, admission, timers, and what is kept for Explain.
+Must not: decide what a transition means (flight.py does), choose workers (placement.py does), or await anything:
+every method here runs to its end on the event loop, so no two can interleave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from lanewise.config import RouterConfig
+from lanewise.errors import ErrorCode, LanewiseError
+from lanewise.policy.admission import admit
+from lanewise.request import Failure, Mode, Token
+from lanewise.router.flight import Flight
+from lanewise.router.metrics import RouterMetrics
+from lanewise.router.orders import Action, Cancel, Emit, End, Limits, Order, Phase, Release, Submit
+from lanewise.router.placement import Placement, Placer
+from lanewise.router.roster import Roster
+from lanewise.router.session import Key
+from lanewise.router.trails import Trail, Trails
+from lanewise.rpc import convert
+from lanewise.rpc import lanewise_pb2 as pb
+
+HELD_BYTES_PER_TOKEN = 36  # an int and its place in a tuple
+
+log = structlog.get_logger(__name__)
+
+
+class Sink(Protocol):
+    def put(self, choice: int, item: Token | End) -> None: ...
+
+
+@dataclass(slots=True)
+class _Entry:
+    flight: Flight
+    sink: Sink
+    choice: int
+    started_at: float
+    first_at: float = 0.0
+    last_at: float = 0.0
+    timer: asyncio.TimerHandle | None = None
+    timer_at: float = 0.0
+    hits: Mapping[str, int] = field(default_factory=dict)  # cached prefix by incarnation, at the last placement
+
+
+class Dispatcher:
+    def __init__(
+        self, config: RouterConfig, roster: Roster, metrics: RouterMetrics, on_routable: Callable[[], None]
+    ) -> None:
+        self._config = config
+        self._limits = Limits(config.hold_timeout_s, config.retry_budget, config.commit_to_token_s)
+        self._roster = roster
+        self._metrics = metrics
+        self._on_routable = on_routable
+        self._loop = asyncio.get_running_loop()
+        self._entries: dict[str, _Entry] = {}
+        self._held: dict[str, _Entry] = {}  # waiting for a pair, oldest first
+        self._held_bytes = 0
+        self._trails = Trails()
+        self._placer = Placer(config, roster)
+        self.arrivals = 0
+        self.routable = False  # a pair has been there at least once
+        metrics.held.set_function(lambda: len(self._held))
+        metrics.running.set_function(lambda: len(self._entries))
+
+    # ------------------------------------------------------------ from the front
+
+    @property
+    def num_held(self) -> int:
+        return len(self._held)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._entries)
+
+    def start(self, order: Order, sink: Sink, choice: int) -> None:
+        """Accept a request. Everything that becomes of it, its end included, goes to the sink."""
+        now = time.monotonic()
+        flight = Flight(order, self._limits, waiting_since=now)
+        entry = _Entry(flight, sink, choice, now)
+        self._entries[order.request_id] = entry
+        self.arrivals += 1
+        self._metrics.arrivals.inc()
+        self._metrics.prompt_tokens.inc(len(order.prompt_ids))
+        placement = self._placer.choose(flight, now)
+        if placement is None:
+            self._settle(entry, self._hold(entry, now), now)
+            return
+        predicted_s = placement.pair.predicted_ttft_s
+        retry_after_s = admit(predicted_s, order.deadline_at - now, self._config.max_queue_wait_s)
+        if retry_after_s is not None:
+            message = f"predicted time to the first token is {predicted_s:.1f} s; retry later"
+            error = LanewiseError(ErrorCode.OVERLOADED, message, retry_after_s=retry_after_s)
+            self._settle(entry, flight.fail(error, now), now)
+            return
+        self._launch(entry, placement, now)
+
+    def cancel(self, request_id: str, reason: str = "cancelled by the client") -> None:
+        if entry := self._entries.get(request_id):
+            now = time.monotonic()
+            self._settle(entry, entry.flight.cancel(now, reason), now)
+
+    def stop(self, request_id: str, stop_string: str) -> None:
+        """The text of this request has reached a stop string."""
+        if entry := self._entries.get(request_id):
+            now = time.monotonic()
+            self._settle(entry, entry.flight.stop(stop_string, now), now)
+
+    def explain(self, request_id: str) -> Trail | None:
+        if entry := self._entries.get(request_id):
+            return Trail(entry.started_at, tuple(entry.flight.steps))
+        return self._trails.get(request_id)
+
+    # ------------------------------------------------------------ from the sessions
+
+    def tokens(self, source: str, tokens: list[Token]) -> None:
+        now = time.monotonic()
+        for token in tokens:
+            entry = self._entries.get(token.request_id)
+            if entry is not None:
+                self._settle(entry, entry.flight.token(token, source, now), now)
+
+    def accepted(self, source: str, key: Key, cached_tokens: int) -> None:
+        if entry := self._entries.get(key[0]):
+            entry.flight.accepted(key[1], source, cached_tokens)
+
+    def committed(self, key: Key) -> None:
+        if entry := self._entries.get(key[0]):
+            now = time.monotonic()
+            self._settle(entry, entry.flight.committed(key[1], now), now)
+
+    def transfer_failed(self, source: str, key: Key, reason: str) -> None:
+        if entry := self._entries.get(key[0]):
+            now = time.monotonic()
+            log.warning("transfer_failed", request_id=key[0], epoch=key[1], reason=reason)
+            self._settle(entry, entry.flight.transfer_failed(key[1], source, reason, now), now)
+
+    def failed(self, source: str, failure: Failure) -> None:
+        if entry := self._entries.get(failure.request_id):
+            now = time.monotonic()
+            self._settle(entry, entry.flight.failed(failure, source, now), now)
+
+    def session_lost(self, incarnation: str, keys: Sequence[Key], reason: str) -> None:
+        now = time.monotonic()
+        for request_id, epoch in keys:
+            if entry := self._entries.get(request_id):
+                self._settle(entry, entry.flight.worker_lost(incarnation, epoch, now, f"worker lost: {reason}"), now)
+
+    def fleet_changed(self) -> None:
+        now = time.monotonic()
+        if not self.routable and self._placer.any_pair(now):
+            self.routable = True
+            self._on_routable()
+        hopeless: set[tuple[str, str, bool]] = set()
+        for entry in list(self._held.values()):
+            flight = entry.flight
+            kind = (flight.order.model, flight.fingerprint, bool(flight.exclude))
+            if kind not in hopeless and not flight.not_before and not self._place(entry, now):
+                hopeless.add(kind)
+
+    # ------------------------------------------------------------ placement
+
+    def _place(self, entry: _Entry, now: float) -> bool:
+        placement = self._placer.choose(entry.flight, now)
+        if placement is not None:
+            self._launch(entry, placement, now)
+        return placement is not None
+
+    def _launch(self, entry: _Entry, placement: Placement, now: float) -> None:
+        self._unhold(entry)
+        entry.hits = placement.hits
+        self._settle(entry, entry.flight.place(placement.pair, placement.decode, now), now)
+
+    def _hold(self, entry: _Entry, now: float) -> list[Action]:
+        """Keep an arrival until a pair is there; refuse it when too much is held already."""
+        order = entry.flight.order
+        size = len(order.prompt_ids) * HELD_BYTES_PER_TOKEN
+        config = self._config
+        if len(self._held) >= config.hold_max_requests or self._held_bytes + size > config.hold_max_bytes:
+            message = f"{len(self._held)} requests already wait for workers; retry later"
+            error = LanewiseError(ErrorCode.OVERLOADED, message, retry_after_s=1.0)
+            return entry.flight.fail(error, now)
+        return []
+
+    # ------------------------------------------------------------ acting
+
+    def _settle(self, entry: _Entry, actions: list[Action], now: float) -> None:
+        """Do what a transition asked for, then hold, place or time the flight as its phase needs."""
+        for action in actions:
+            if isinstance(action, Emit):
+                self._emit(entry, action.token, now)
+            elif isinstance(action, Submit):
+                self._submit(entry, action)
+            elif isinstance(action, Cancel | Release):
+                self._leave(entry, action)
+            else:
+                self._finish(entry, action, now)
+                return
+        flight = entry.flight
+        if flight.phase is Phase.WAITING and flight.order.request_id not in self._held:
+            self._held[flight.order.request_id] = entry
+            self._held_bytes += len(flight.order.prompt_ids) * HELD_BYTES_PER_TOKEN
+            if flight.epoch:
+                what, reason = flight.last_step
+                self._metrics.failovers.labels(what).inc()
+                log.info(what, request_id=flight.order.request_id, epoch=flight.epoch, reason=reason)
+                if not flight.not_before and self._place(entry, now):
+                    return
+        self._arm(entry)
+
+    def _emit(self, entry: _Entry, token: Token, now: float) -> None:
+        if not entry.first_at:
+            entry.first_at = now
+            self._metrics.ttft.observe(now - entry.started_at)
+        entry.last_at = now
+        self._metrics.output_tokens.inc()
+        entry.sink.put(entry.choice, token)
+
+    def _submit(self, entry: _Entry, action: Submit) -> None:
+        submission = action.submission
+        session = self._roster.session(action.incarnation)
+        if session is None:  # pragma: no cover - snapshots are taken from live sessions in the same step
+            raise RuntimeError(f"no session with {action.incarnation}")
+        uncached = 0
+        if submission.mode is not Mode.DECODE:
+            hit = entry.hits.get(action.incarnation, 0)
+            self._metrics.hit_tokens.inc(hit)
+            uncached = len(submission.prompt_ids) + len(submission.resumed_output_ids) - hit
+        session.carry(submission.key, uncached)
+        session.send(pb.RouterMessage(submit=convert.submit_to_wire(submission)))
+
+    def _leave(self, entry: _Entry, action: Cancel | Release) -> None:
+        session = self._roster.session(action.incarnation)
+        if session is None:
+            return
+        request_id = entry.flight.order.request_id
+        session.release((request_id, action.epoch))
+        if isinstance(action, Cancel):
+            cancel = pb.Cancel(request_id=request_id, epoch=action.epoch, reason=action.reason)
+            session.send(pb.RouterMessage(cancel=cancel))
+
+    def _finish(self, entry: _Entry, end: End, now: float) -> None:
+        flight = entry.flight
+        request_id = flight.order.request_id
+        self._unhold(entry)
+        del self._entries[request_id]
+        if entry.timer is not None:
+            entry.timer.cancel()
+        self._metrics.finished.labels(end.error.code if end.error else end.reason).inc()
+        self._metrics.e2e.observe(now - entry.started_at)
+        if len(flight.output_ids) > 1:
+            self._metrics.tpot.observe((entry.last_at - entry.first_at) / (len(flight.output_ids) - 1))
+        self._trails.keep(request_id, Trail(entry.started_at, tuple(flight.steps)))
+        entry.sink.put(entry.choice, end)
+
+    def _unhold(self, entry: _Entry) -> None:
+        order = entry.flight.order
+        if self._held.pop(order.request_id, None) is not None:
+            self._held_bytes -= len(order.prompt_ids) * HELD_BYTES_PER_TOKEN
+
+    def _arm(self, entry: _Entry) -> None:
+        """One timer per flight. It may fire early and look again, so that a token never has to move it."""
+        at = entry.flight.wake_at()
+        if entry.timer is not None:
+            if entry.timer_at <= at:
+                return
+            entry.timer.cancel()
+        entry.timer_at = at
+        # Time limits are on time.monotonic(), whatever clock the loop keeps.
+        entry.timer = self._loop.call_later(max(at - time.monotonic(), 0.0), self._fire, entry)
+
+    def _fire(self, entry: _Entry) -> None:
+        entry.timer = None
+        now = time.monotonic()
+        flight = entry.flight
+        backing_off = bool(flight.not_before)
+        actions = flight.timer(now)
+        if not actions and backing_off and not flight.not_before and self._place(entry, now):
+            return
+        self._settle(entry, actions, now)

@@ -1,0 +1,73 @@
+"""The router's Prometheus metrics.
+
+Owns: every `lanewise_*` metric of a router, and the gauges that repeat each worker's last statistics at scrape time.
+Must not: influence a decision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from lanewise.fleet import WorkerStats
+from lanewise.router.session import Session
+from lanewise.telemetry import Metrics
+
+_STATS_GAUGES = tuple(field.name for field in dataclasses.fields(WorkerStats) if field.type in ("int", "float", "bool"))
+_LABELS = ("worker", "role", "incarnation")
+
+
+class RouterMetrics:
+    def __init__(self) -> None:
+        make = Metrics("lanewise")
+        self.registry: CollectorRegistry = make.registry
+        self.ttft = make.latency("ttft", "arrival at the router to the first token")
+        self.tpot = make.latency("tpot", "mean time per output token after the first, by request")
+        self.e2e = make.latency("e2e", "arrival at the router to the end of the request")
+        self.finished = make.counter("requests", "requests by how they ended", ("outcome",))
+        self.arrivals = make.counter("arrivals", "requests accepted")
+        self.prompt_tokens = make.counter("prompt_tokens", "prompt tokens of accepted requests")
+        self.output_tokens = make.counter("output_tokens", "tokens forwarded to clients")
+        self.hit_tokens = make.counter("prefix_hit_tokens", "prompt tokens the chosen worker had cached")
+        self.failovers = make.counter("failovers", "attempts after the first", ("cause",))
+        self.held = make.gauge("held_requests", "accepted requests that wait for a worker pair")
+        self.running = make.gauge("running_requests", "requests that have not ended")
+        self.http = make.counter("http_responses", "HTTP responses by status", ("status",))
+
+    def watch_fleet(self, sessions: Callable[[], Iterable[Session]]) -> None:
+        self.registry.register(_Fleet(sessions))
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Fleet(Collector):
+    """One gauge per numeric field of WorkerStats, labelled by worker."""
+
+    def __init__(self, sessions: Callable[[], Iterable[Session]]) -> None:
+        self._sessions = sessions
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        sessions = [(s, s.identity) for s in self._sessions() if s.identity is not None]
+        labels = {id(s): [i.name, i.role.value, i.incarnation] for s, i in sessions}
+        for name in _STATS_GAUGES:
+            family = GaugeMetricFamily(f"lanewise_worker_{name}", "as the worker last reported it", labels=_LABELS)
+            for session, _ in sessions:
+                family.add_metric(labels[id(session)], float(getattr(session.stats, name)))
+            yield family
+        inflight = GaugeMetricFamily("lanewise_worker_inflight_requests", "sent by this router", labels=_LABELS)
+        age = GaugeMetricFamily("lanewise_worker_stats_age_s", "age of the last statistics", labels=_LABELS)
+        for session, _ in sessions:
+            inflight.add_metric(labels[id(session)], len(session.carried))
+            age.add_metric(labels[id(session)], time.monotonic() - session.stats_at if session.stats_at else 0.0)
+        yield inflight
+        yield age

@@ -1,0 +1,170 @@
+"""All workers this router is connected to, now.
+
+Owns: one keeper task per address that holds a session open, and the immutable snapshots that routing decides on.
+Must not: know requests beyond passing on which of them a lost session carried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import structlog
+
+from lanewise.fleet import FleetSnapshot, Role, WorkerIdentity
+from lanewise.policy.blocks import UNIT_TOKENS, cache_key, chain_hashes
+from lanewise.router.catalog import Catalog
+from lanewise.router.discovery import Discovery
+from lanewise.router.session import Key, Session, SessionEnded, Timing, Work
+from lanewise.rpc import lanewise_pb2 as pb
+
+FIRST_BACKOFF_S = 0.05
+LAST_BACKOFF_S = 0.5
+HEALTHY_S = 1.0  # a session that lived this long resets the back-off
+
+log = structlog.get_logger(__name__)
+
+
+class Listener(Work, Protocol):
+    """The dispatcher."""
+
+    def fleet_changed(self) -> None: ...
+    def session_lost(self, incarnation: str, keys: Sequence[Key], reason: str) -> None: ...
+
+
+class Roster:
+    def __init__(self, router: str, timing: Timing, catalog: Catalog) -> None:
+        self._router = router
+        self._timing = timing
+        self._catalog = catalog
+        self._listener: Listener | None = None
+        self._sessions: dict[str, Session] = {}  # by incarnation; welcomed and alive
+
+    def listen(self, listener: Listener) -> None:
+        self._listener = listener
+
+    # ------------------------------------------------------------ for the dispatcher
+
+    def session(self, incarnation: str) -> Session | None:
+        return self._sessions.get(incarnation)
+
+    def sessions(self) -> list[Session]:
+        return list(self._sessions.values())
+
+    def snapshot(self, model: str, fingerprint: str = "") -> FleetSnapshot:
+        """Workers of that model, and of that fingerprint where one is given."""
+        views = [
+            session.view()
+            for session in self._sessions.values()
+            if (identity := _identity(session)).model == model and fingerprint in ("", identity.fingerprint)
+        ]
+        views.sort(key=lambda view: (view.identity.name, view.identity.incarnation))
+        return FleetSnapshot(
+            prefill=tuple(view for view in views if view.identity.role is Role.PREFILL),
+            decode=tuple(view for view in views if view.identity.role is Role.DECODE),
+        )
+
+    def cached_tokens(self, ids: Sequence[int], salt: bytes) -> Mapping[str, int]:
+        """Prefix hit of these ids by incarnation. Hashes are computed once per fingerprint."""
+        if len(ids) <= UNIT_TOKENS:
+            return {}
+        hashes: dict[str, list[bytes]] = {}
+        hits: dict[str, int] = {}
+        for incarnation, session in self._sessions.items():
+            if not len(session.prefixes):
+                continue
+            fingerprint = _identity(session).fingerprint
+            if fingerprint not in hashes:
+                hashes[fingerprint] = chain_hashes(ids, cache_key(fingerprint, salt))
+            hits[incarnation] = session.prefixes.cached_tokens(hashes[fingerprint], len(ids))
+        return hits
+
+    # ------------------------------------------------------------ from the sessions
+
+    def welcomed(self, session: Session) -> None:
+        identity = _identity(session)
+        if identity.incarnation in self._sessions:
+            raise SessionEnded(f"{identity.name} is already connected at another address")
+        self._sessions[identity.incarnation] = session
+        log.info("worker_welcomed", worker=identity.name, incarnation=identity.incarnation, address=session.address)
+        if identity.role is Role.DECODE:
+            self._tell_peers(lambda other: True)
+        else:
+            self._tell_peers(lambda other: other is session)
+        self._fleet_changed()
+
+    def changed(self, session: Session) -> None:
+        self._fleet_changed()
+
+    # ------------------------------------------------------------ keepers
+
+    async def run(self, discovery: Discovery) -> None:
+        """Owned task: follows the addresses. An address that leaves keeps its session until that ends by itself."""
+        wanted: set[str] = set()
+        async with asyncio.TaskGroup() as group:
+            keepers: dict[str, asyncio.Task[None]] = {}
+            async for addresses in discovery.watch():
+                wanted.clear()
+                wanted.update(addresses)
+                for address in addresses:
+                    if address not in keepers or keepers[address].done():
+                        keepers[address] = group.create_task(self._keep(address, wanted))
+
+    async def _keep(self, address: str, wanted: set[str]) -> None:
+        failures = 0
+        quiet = False  # an absent worker is logged once, not at every attempt
+        while address in wanted:
+            assert self._listener is not None  # listen() comes before run()
+            session = Session(address, self._router, self._timing, self._catalog, self, self._listener)
+            started = time.monotonic()
+            reason = "router stops"
+            try:
+                reason = await session.run()
+            finally:
+                self._gone(session, reason)
+            if session.identity is None and not quiet:
+                log.info("worker_unreachable", address=address, reason=reason)
+            quiet = session.identity is None
+            failures = 0 if session.identity and time.monotonic() - started > HEALTHY_S else failures + 1
+            if failures > 0 and (session.identity is None or failures > 1):
+                await asyncio.sleep(min(FIRST_BACKOFF_S * 2.0 ** min(failures - 1, 16), LAST_BACKOFF_S))
+
+    def _gone(self, session: Session, reason: str) -> None:
+        identity = session.identity
+        if identity is None or self._sessions.get(identity.incarnation) is not session:
+            return
+        del self._sessions[identity.incarnation]
+        keys = list(session.carried)
+        log.warning(
+            "session_lost", worker=identity.name, incarnation=identity.incarnation, reason=reason, requests=len(keys)
+        )
+        if identity.role is Role.DECODE:
+            self._tell_peers(lambda other: True)
+        if self._listener is not None:
+            self._listener.session_lost(identity.incarnation, keys, reason)
+            self._fleet_changed()
+
+    def _fleet_changed(self) -> None:
+        if self._listener is not None:
+            self._listener.fleet_changed()
+
+    def _tell_peers(self, to: Callable[[Session], bool]) -> None:
+        peers = pb.Peers()
+        for session in self._sessions.values():
+            identity = _identity(session)
+            if identity.role is Role.DECODE:
+                peers.peers.add(
+                    kv_address=identity.kv_address,
+                    incarnation=identity.incarnation,
+                    fingerprint=identity.fingerprint,
+                )
+        for session in self._sessions.values():
+            if _identity(session).role is Role.PREFILL and to(session):
+                session.send(pb.RouterMessage(peers=peers))
+
+
+def _identity(session: Session) -> WorkerIdentity:
+    assert session.identity is not None  # only welcomed sessions are kept
+    return session.identity

@@ -1,0 +1,252 @@
+"""One session with one worker process: from connecting to the reason it ended.
+
+Owns: `Describe`, the hello/welcome check, pings, the one writer and the one reader of the stream, and what the worker
+last said (statistics, cache index, work in flight). Must not: await a client, choose workers, or reconnect (the roster
+does). A session that has ended is never used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import structlog
+
+from lanewise.fleet import WorkerIdentity, WorkerStats, WorkerView
+from lanewise.request import Failure, Token
+from lanewise.router.catalog import Catalog
+from lanewise.router.prefix_index import BlockEventGap, PrefixIndex
+from lanewise.rpc import convert
+from lanewise.rpc import lanewise_pb2 as pb
+from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
+
+PROTOCOL = 1
+CONNECT_S = 5.0
+TOKENIZER_S = 60.0
+MESSAGE_BYTES = 256 * 1024 * 1024  # a tokenizer, or the cache snapshot of a large worker
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    # Each session connects afresh: gRPC's shared subchannels would make a restarted worker wait out their back-off.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+)
+
+Key = tuple[str, int]
+
+log = structlog.get_logger(__name__)
+
+
+class Work(Protocol):
+    """Who takes what a worker says of requests. Nothing here may block or await."""
+
+    def tokens(self, source: str, tokens: list[Token]) -> None: ...
+    def accepted(self, source: str, key: Key, cached_tokens: int) -> None: ...
+    def committed(self, key: Key) -> None: ...
+    def transfer_failed(self, source: str, key: Key, reason: str) -> None: ...
+    def failed(self, source: str, failure: Failure) -> None: ...
+
+
+class Owner(Protocol):
+    """Who keeps the sessions."""
+
+    def welcomed(self, session: Session) -> None: ...
+    def changed(self, session: Session) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    ping_interval_s: float
+    ping_misses: int
+
+
+class SessionEnded(Exception):
+    """Why a session is over, in words."""
+
+
+class Session:
+    def __init__(self, address: str, router: str, timing: Timing, catalog: Catalog, owner: Owner, work: Work) -> None:
+        self.address = address
+        self.identity: WorkerIdentity | None = None  # set once welcomed
+        self.description = pb.Description()
+        self.wire_stats = pb.Stats()
+        self.stats = WorkerStats()
+        self.stats_at = 0.0
+        self.prefixes = PrefixIndex()
+        self.carried: dict[Key, int] = {}  # (request, epoch) -> uncached tokens, until released or cancelled
+        self._fresh: dict[Key, int] = {}  # the part of `carried` that `stats` cannot know of yet
+        self._accepted: set[Key] = set()
+        self._router = router
+        self._timing = timing
+        self._catalog = catalog
+        self._owner = owner
+        self._work = work
+        self._outgoing: deque[pb.RouterMessage] = deque()
+        self._wake = asyncio.Event()
+        self._heard = False
+
+    # ------------------------------------------------------------ for the dispatcher
+
+    def send(self, message: pb.RouterMessage) -> None:
+        self._outgoing.append(message)
+        self._wake.set()
+
+    def carry(self, key: Key, uncached_tokens: int) -> None:
+        self.carried[key] = self._fresh[key] = uncached_tokens
+
+    def release(self, key: Key) -> None:
+        self.carried.pop(key, None)
+        self._fresh.pop(key, None)
+        self._accepted.discard(key)
+
+    def view(self) -> WorkerView:
+        assert self.identity is not None  # the roster holds welcomed sessions only
+        return WorkerView(
+            identity=self.identity,
+            stats=self.stats,
+            ready=not self.stats.draining,
+            inflight_requests=len(self.carried),
+            inflight_tokens=sum(self._fresh.values()),
+        )
+
+    # ------------------------------------------------------------ life
+
+    async def run(self) -> str:
+        """Connect and serve until the session is over. Returns why; only cancellation is raised."""
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            # grpcio's stub classes carry no types for their async form.
+            stub: Any = pb_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
+            try:
+                description = await self._describe(stub)
+                call = stub.Session()
+                try:
+                    await self._open(call, description)
+                    return await self._serve(call)
+                finally:
+                    call.cancel()
+            except grpc.aio.AioRpcError as error:
+                return f"{error.code().name}: {error.details()}"
+            except (SessionEnded, BlockEventGap) as error:
+                return str(error)
+            except TimeoutError:
+                return "no answer in time"
+            except Exception as error:  # a defect met with one worker must not end the sessions with the others
+                log.exception("session_defect", address=self.address)
+                return f"defect: {error!r}"
+
+    async def _describe(self, stub: Any) -> pb.Description:
+        reply: pb.DescribeReply = await stub.Describe(pb.DescribeRequest(), timeout=CONNECT_S)
+        if not self._catalog.knows(reply.description):
+            reply = await stub.Describe(pb.DescribeRequest(with_tokenizer=True), timeout=TOKENIZER_S)
+            await self._catalog.learn(reply)
+        return reply.description
+
+    async def _open(self, call: Any, described: pb.Description) -> None:
+        hello = pb.RouterHello(router=self._router, expected_incarnation=described.incarnation, protocol=PROTOCOL)
+        async with asyncio.timeout(CONNECT_S):
+            await call.write(pb.RouterMessage(hello=hello))
+            first = await call.read()
+        if first is grpc.aio.EOF or first.WhichOneof("message") != "welcome":
+            raise SessionEnded("the worker did not answer with a welcome")
+        description = first.welcome.description
+        if description.incarnation != described.incarnation:
+            raise SessionEnded(f"welcomed by {description.incarnation}, expected {described.incarnation}")
+        try:
+            self.identity = convert.description_from_wire(description)
+        except ValueError as error:
+            raise SessionEnded(str(error)) from error
+        self.description = description
+        self._catalog.update(description)
+        self._owner.welcomed(self)
+
+    async def _serve(self, call: Any) -> str:
+        tasks = [asyncio.create_task(part) for part in (self._read(call), self._write(call), self._ping())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return "; ".join(task.result() for task in done)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _write(self, call: Any) -> str:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._outgoing:
+                try:
+                    await call.write(self._outgoing.popleft())
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                    return f"stream broken while writing: {_words(error)}"
+
+    async def _read(self, call: Any) -> str:
+        while True:
+            try:
+                message = await call.read()
+            except grpc.aio.AioRpcError as error:
+                return f"stream broken: {_words(error)}"
+            if message is grpc.aio.EOF:
+                return "closed by the worker"
+            self._heard = True
+            try:
+                self._handle(message)
+            except BlockEventGap as error:
+                return f"gap in block events: {error}"
+
+    async def _ping(self) -> str:
+        """Anything the worker sends proves that it lives; only silence over several pings does not.
+
+        Counted in ticks of this task, so a router that was itself stopped for a while does not blame its workers.
+        """
+        number = misses = 0
+        while True:
+            number += 1
+            self.send(pb.RouterMessage(ping=pb.Ping(number=number)))
+            self._heard = False
+            await asyncio.sleep(self._timing.ping_interval_s)
+            misses = 0 if self._heard else misses + 1
+            if misses >= self._timing.ping_misses:
+                return f"{misses} pings missed"
+
+    def _handle(self, message: pb.WorkerMessage) -> None:
+        assert self.identity is not None  # only after the welcome
+        source = self.identity.incarnation
+        match message.WhichOneof("message"):
+            case "step":
+                self._work.tokens(source, convert.tokens_from_wire(message.step))
+            case "stats":
+                self._take_stats(message.stats)
+            case "accepted":
+                key = (message.accepted.request_id, message.accepted.epoch)
+                self._accepted.add(key)
+                self._work.accepted(source, key, message.accepted.cached_tokens)
+            case "committed":
+                self._work.committed((message.committed.request_id, message.committed.epoch))
+            case "failed":
+                self._work.failed(source, convert.failure_from_wire(message.failed))
+            case "transfer_failed":
+                failed = message.transfer_failed
+                self._work.transfer_failed(source, (failed.request_id, failed.epoch), failed.reason)
+            case "blocks":
+                blocks = message.blocks
+                self.prefixes.apply(blocks.number, blocks.snapshot, blocks.added, blocks.removed)
+            case _:  # pong, or what only a newer worker says
+                pass
+
+    def _take_stats(self, wire: pb.Stats) -> None:
+        self.wire_stats = wire
+        self.stats = convert.stats_from_wire(wire)
+        self.stats_at = time.monotonic()
+        for key in self._accepted:  # the worker has counted these by itself now
+            self._fresh.pop(key, None)
+        self._accepted.clear()
+        self._owner.changed(self)
+
+
+def _words(error: Exception) -> str:
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)
