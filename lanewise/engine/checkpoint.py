@@ -58,6 +58,8 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in its own dtype, without a copy."""
+        if name not in self.entries:
+            raise ConfigError(f"{self.directory}: tensor {name} is missing")
         entry = self.entries[name]
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:

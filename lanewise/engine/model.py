@@ -33,7 +33,7 @@ class Decoder:
         self, ids: torch.Tensor, plan: BatchPlan, cache: list[torch.Tensor], on_layers: OnLayers | None = None
     ) -> torch.Tensor:
         """Hidden states [N, hidden] before the last norm. `on_layers(lo, hi)` is called when their KV is in `cache`."""
-        hidden = self.weights.embedding[ids]  # [N, hidden]
+        hidden = self.weights.embedding[ids].to(self.weights.norm.dtype)  # [N, hidden]
         cos, sin = self.rope.angles(plan.positions, hidden.dtype)  # [N, 1, D]
         for index, layer in enumerate(self.weights.layers):
             query, key, value = self._project(layer, self._norm(hidden, layer.attention_norm))

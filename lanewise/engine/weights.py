@@ -20,6 +20,7 @@ from lanewise.engine.sources import Progress
 from lanewise.errors import ConfigError
 
 PROTOCOL = "1"
+EMBEDDING = "model.embed_tokens.weight"
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry
 
 
@@ -48,14 +49,10 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class Weights:
-    embedding: torch.Tensor  # [vocab, hidden]
+    embedding: torch.Tensor  # [vocab, hidden]; on a CPU in the checkpoint's dtype, rows are converted as they are used
     layers: list[LayerWeights]
     norm: torch.Tensor  # [hidden]
-    head: torch.Tensor  # [vocab, hidden]; the embedding itself where tied
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
+    head: torch.Tensor  # [vocab, hidden]; the embedding itself where tied and not converted
 
 
 def compute_dtype(asked: str, checkpoint: Checkpoint, device: torch.device, builtin: bool) -> torch.dtype:
@@ -67,7 +64,7 @@ def compute_dtype(asked: str, checkpoint: Checkpoint, device: torch.device, buil
         return dtype
     if builtin and device.type == "cpu":
         return torch.float32
-    stored = checkpoint.tensor("model.embed_tokens.weight").dtype
+    stored = checkpoint.tensor(EMBEDDING).dtype
     return torch.bfloat16 if stored == torch.float16 and device.type == "cpu" else stored
 
 
@@ -81,18 +78,32 @@ def load_weights(
     """All weights; ConfigError names the first tensor that is missing, unknown or of a wrong shape."""
     shapes = dict(expected_shapes(config))
     _check(checkpoint, shapes, config)
+    head_name = EMBEDDING if config.tied_embeddings else "lm_head.weight"
     loaded: dict[str, torch.Tensor] = {}
     for done, name in enumerate(shapes):
-        loaded[name] = checkpoint.tensor(name).to(device=device, dtype=dtype)
+        if name != EMBEDDING or name == head_name or device.type != "cpu":
+            loaded[name] = _place(checkpoint.tensor(name), dtype, device)
         if on_progress is not None:
             on_progress("load", done + 1, len(shapes))
-    embedding = loaded["model.embed_tokens.weight"]
     return Weights(
-        embedding=embedding,
+        embedding=checkpoint.tensor(EMBEDDING) if device.type == "cpu" else loaded[EMBEDDING],
         layers=[_layer(loaded, f"model.layers.{index}.") for index in range(config.num_layers)],
         norm=loaded["model.norm.weight"],
-        head=embedding if config.tied_embeddings else loaded["lm_head.weight"],
+        head=loaded[head_name],
     )
+
+
+def _place(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The weight where and as it is computed with; a tensor that fits already stays a view of the file.
+
+    Where a copy for a CPU is made anyway, its longer side is made the contiguous one: a product with one row then reads
+    it at 20-30 instead of 9 GB/s.
+    """
+    if device.type == "cpu" and tensor.dtype != dtype == torch.float32 and tensor.dim() == 2:
+        rows, columns = tensor.shape
+        if rows > columns:
+            return torch.empty((columns, rows), dtype=dtype).t().copy_(tensor)
+    return tensor.to(device=device, dtype=dtype)
 
 
 def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -108,7 +119,7 @@ def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
     }
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    yield EMBEDDING, (config.vocab_size, hidden)
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}."
         yield prefix + "input_layernorm.weight", (hidden,)
