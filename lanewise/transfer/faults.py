@@ -1,0 +1,133 @@
+"""Deliberate faults for tests of the protocol: lost, doubled, late, damaged messages, and death at a named point.
+
+Owns: the grammar of LANEWISE_FAULTS_SPEC and the dice. Off unless LANEWISE_FAULTS=1, and then only on loopback.
+Must not: be needed by anything; an empty `Faults()` does nothing.
+
+    spec  = item *( ";" item )
+    item  = ( "kill" | "stop" ) "@" point [ "#" n ]              at the n-th time (default 1) the point is reached
+          | ( "drop" | "duplicate" | "corrupt" | "truncate" ) ":" TYPE ":" probability [ ":seed" n ]
+          | "delay" ":" TYPE ":" probability ":" milliseconds "ms" [ ":seed" n ]
+    TYPE  = a message type as in docs/kv-channel.md, or "*"
+
+Points: "<type>_sent" in lower case for every message type ("begin_sent", "commit_sent", "mid_chunk" between the two
+frames of a chunk, "chunk_writing" before a copy into the pool), every state entered ("send.streaming",
+"recv.verifying", "link.up") and whatever names the worker loops pass to `point`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import re
+import signal
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lanewise.errors import ConfigError
+
+Frames = list[bytes | memoryview]
+
+_KILL = re.compile(r"(kill|stop)@([\w.]+)(?:#(\d+))?")
+_MESSAGE = re.compile(r"(drop|duplicate|corrupt|truncate|delay):(\*|[A-Z_]+):([\d.]+)(?::([\d.]+)ms)?(?::seed(\d+))?")
+
+
+@dataclass(slots=True)
+class _Rule:
+    what: str
+    kind: str
+    probability: float
+    delay_s: float
+    dice: random.Random
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One copy of a message to send, after a pause."""
+
+    delay_s: float
+    frames: Frames
+
+
+@dataclass(slots=True)
+class Faults:
+    rules: list[_Rule] = field(default_factory=list)
+    deaths: dict[str, tuple[int, signal.Signals]] = field(default_factory=dict)
+    reached: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def parse(cls, spec: str) -> Faults:
+        faults = cls()
+        for item in filter(None, (part.strip() for part in spec.split(";"))):
+            if found := _KILL.fullmatch(item):
+                number = signal.SIGKILL if found[1] == "kill" else signal.SIGSTOP
+                faults.deaths[found[2]] = (int(found[3] or 1), number)
+            elif (found := _MESSAGE.fullmatch(item)) and (found[1] == "delay") == (found[4] is not None):
+                dice = random.Random(int(found[5] or 0))
+                delay_s = float(found[4] or 0) / 1000
+                faults.rules.append(_Rule(found[1], found[2], float(found[3]), delay_s, dice))
+            else:
+                raise ConfigError(f"LANEWISE_FAULTS_SPEC: cannot read {item!r}")
+        return faults
+
+    @classmethod
+    def from_env(cls, environment: Mapping[str, str], addresses: Iterable[str]) -> Faults:
+        """Faults of this process; refuses (ConfigError) where they could hurt anybody: an address beyond loopback."""
+        if environment.get("LANEWISE_FAULTS") != "1":
+            return cls()
+        for address in addresses:
+            if not is_loopback(address):
+                raise ConfigError(f"LANEWISE_FAULTS=1 is allowed on loopback only, not with {address}")
+        return cls.parse(environment.get("LANEWISE_FAULTS_SPEC", ""))
+
+    @property
+    def active(self) -> bool:
+        return bool(self.rules or self.deaths)
+
+    def point(self, name: str) -> None:
+        """The process reached a named point; it may not get further."""
+        if not self.deaths:
+            return
+        self.reached[name] += 1
+        death = self.deaths.get(name)
+        if death is not None and self.reached[name] == death[0]:
+            os.kill(os.getpid(), death[1])
+
+    def deliveries(self, kind: str, frames: Sequence[bytes | memoryview]) -> list[Delivery]:
+        """What becomes of an outgoing message: nothing, one copy or several, now or later, perhaps damaged."""
+        out = [Delivery(0.0, list(frames))]
+        for rule in self.rules:
+            if rule.kind not in ("*", kind) or rule.dice.random() >= rule.probability:
+                continue
+            match rule.what:
+                case "drop":
+                    return []
+                case "duplicate":
+                    out += [Delivery(each.delay_s, list(each.frames)) for each in out]
+                case "delay":
+                    out = [Delivery(each.delay_s + rule.delay_s, each.frames) for each in out]
+                case _:
+                    out = [Delivery(each.delay_s, _damage(each.frames, rule)) for each in out]
+        return out
+
+
+def _damage(frames: Frames, rule: _Rule) -> Frames:
+    index = rule.dice.randrange(len(frames))
+    frame = bytearray(frames[index])
+    if frame and rule.what == "corrupt":
+        frame[rule.dice.randrange(len(frame))] ^= 1 << rule.dice.randrange(8)
+    else:
+        del frame[rule.dice.randrange(len(frame) + 1) :]
+    return [*frames[:index], bytes(frame), *frames[index + 1 :]]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether "host:port" or "tcp://host:port" names this machine only."""
+    host = address.split("://", 1)[-1].rsplit(":", 1)[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

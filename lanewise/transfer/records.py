@@ -1,0 +1,263 @@
+"""Plain records of the KV channel: who the two sides are, what they may do, what they report.
+
+Owns: identities, settings, timers, the page-store interface, events to the worker's loop and counters.
+Must not: hold protocol state, touch sockets or read a clock.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lanewise.fleet import Link
+from lanewise.policy.blocks import KVLayout, chain_hashes, prompt_hash
+from lanewise.request import Partner, Token
+
+MIB = 1024 * 1024
+
+Key = tuple[str, int]
+"""(request_id, epoch): the name of one transfer."""
+
+Peer = Partner
+"""A decode worker as the loop knows it: its KV address and its incarnation."""
+
+Pages = Any
+"""Whatever the local pool uses to name a sequence's pages; the channel passes it back to the store unread."""
+
+
+MAX_PROMPT_TOKENS = 1 << 21
+
+
+def checked_key(key: Key) -> Key:
+    """A key that fits the wire, or ValueError."""
+    request_id, epoch = key
+    if not 1 <= len(request_id) <= 128 or not 0 <= epoch <= 1 << 31:
+        raise ValueError(f"not the name of a transfer: {key!r}")
+    return request_id, epoch
+
+
+def packed_ids(ids: Sequence[int]) -> array[int]:
+    """Token ids as 32-bit unsigned numbers; ValueError where they are not, or where their number is impossible."""
+    if not 1 <= len(ids) <= MAX_PROMPT_TOKENS:
+        raise ValueError(f"a prompt of {len(ids)} tokens")
+    try:
+        return array("I", ids)
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"token ids: {error}") from None
+
+
+class PageStore(Protocol):
+    """A KV pool, as the channel sees it. Both methods run in the transfer thread."""
+
+    @property
+    def layout(self) -> KVLayout: ...
+
+    def read(self, pages: Pages, tokens: range, layers: range) -> NDArray[np.uint8]:
+        """Bytes of these tokens and layers in wire order. A copy, never a view of the pool: it outlives the pages."""
+
+    def write(self, pages: Pages, tokens: range, layers: range, data: memoryview) -> None:
+        """The inverse of `read`. `data` is borrowed for the duration of the call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What a worker is to its partners."""
+
+    incarnation: str
+    fingerprint: str
+    fingerprint_fields: Mapping[str, str]
+    layout: KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What ties KV to the token ids it was computed from; both sides make it from their own ids."""
+
+    tokens: int
+    chain: bytes  # all unit hashes, concatenated
+    prompt: bytes
+
+    @classmethod
+    def of(cls, ids: Sequence[int], cache_key: bytes) -> Binding:
+        return cls(len(ids), b"".join(chain_hashes(ids, cache_key)), prompt_hash(ids, cache_key))
+
+
+@dataclass(frozen=True, slots=True)
+class Timers:
+    """Every wait of the protocol, in seconds. Tests shrink them; production uses these."""
+
+    hello_s: float = 2.0
+    hello_tries: int = 3
+    rehello_s: float = 5.0
+    """Pause before a failed link greets its partner again, so that no healthy partner stays shut out."""
+    forget_link_s: float = 120.0
+    """A link that nobody asked for again and that failed for this long is closed."""
+    grant_wait_s: float = 5.0
+    begin_resend_s: float = 2.0
+    hold_begin_s: float = 5.0
+    ack_resend_s: float = 2.0
+    ack_abort_s: float = 5.0
+    commit_ack_s: float = 2.0
+    commit_tries: int = 3
+    abort_ack_s: float = 2.0
+    abort_tries: int = 3
+    lease_s: float = 30.0
+    ping_s: float = 2.0
+    ping_misses: int = 3
+    tombstone_s: float = 120.0
+
+    @property
+    def dead_s(self) -> float:
+        """Silence after which a partner that should ping counts as dead."""
+        return self.ping_s * (self.ping_misses + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes. Credit bounds the bytes on their way to one receiver, whatever the number of senders."""
+
+    chunk_bytes: int = MIB
+    max_chunk_bytes: int = 4 * MIB
+    """Largest chunk a receiver takes; a sender uses the smaller of its own and the partner's."""
+    stripes: int = 1
+    window_bytes: int = 8 * MIB
+    credit_bytes: int = 256 * MIB
+    probe_bytes: int = MIB
+    control_hwm: int = 1000
+    data_hwm: int = 8
+    queue_messages: int = 1000
+    """Control messages kept per partner while its socket takes none; more are dropped and the timers resend."""
+    max_transfers: int = 4096
+    max_held: int = 256
+    max_peers: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stripes <= 4:
+            raise ValueError(f"stripes must be 1 to 4, not {self.stripes}")
+        if not 0 < self.chunk_bytes <= self.max_chunk_bytes <= 4 * MIB:
+            raise ValueError("0 < chunk_bytes <= max_chunk_bytes <= 4 MiB does not hold")
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the start. The transfer thread writes it; `snapshot()` of a side returns a copy."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    chunks_sent: int = 0
+    chunks_resent: int = 0
+    chunks_corrupt: int = 0
+    chunks_refused: int = 0  # of no live transfer
+    delivered: int = 0
+    committed: int = 0
+    aborted: int = 0
+    busy: int = 0
+    refused: int = 0
+    drained: int = 0
+    prefix_skipped_tokens: int = 0
+    stale: int = 0
+    malformed: int = 0
+    dropped: int = 0  # control messages that found no room or no peer
+    internal_errors: int = 0  # anything but 0 is a defect
+
+
+# Events. Each transfer ends, on each side, in exactly one of those marked "end"; from then on the channel does not
+# touch its pages.
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    key: Key
+    have_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """End: the decode side has no room now."""
+
+    key: Key
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """All bytes have been handed to the network and COMMIT went out; the pages are still needed."""
+
+    key: Key
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """End: the decode side has verified and taken everything."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """End: no KV of this transfer is or will be used."""
+
+    key: Key
+    reason: str
+    fingerprint_mismatch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LinkReport:
+    link: Link
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A verified sender has KV for an expected prompt; answer with `grant` or `refuse`."""
+
+    key: Key
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """End: the pages hold the whole prompt's KV, verified."""
+
+    key: Key
+    token: Token
+    received_tokens: int
+    received_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """End after `cancel`: no copy of this transfer is under way and none will start."""
+
+    key: Key
+
+
+SenderEvent = Granted | Busy | Sent | Delivered | Aborted | LinkReport
+ReceiverEvent = Offered | Committed | Aborted | Drained
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A rectangle of KV: these tokens of these layers, all heads."""
+
+    token_lo: int
+    token_hi: int
+    layer_lo: int
+    layer_hi: int
+
+    @property
+    def tokens(self) -> range:
+        return range(self.token_lo, self.token_hi)
+
+    @property
+    def layers(self) -> range:
+        return range(self.layer_lo, self.layer_hi)
+
+    def nbytes(self, layout: KVLayout) -> int:
+        return layout.slice_bytes(self.token_hi - self.token_lo, self.layer_hi - self.layer_lo)

@@ -1,0 +1,288 @@
+"""All links and outgoing transfers of one prefill worker. Pure: messages, commands and time in, actions out.
+
+Owns: which transfer a message belongs to, which transfer sends next, and what ends when a link ends.
+Must not: touch pages or sockets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lanewise.request import Token
+from lanewise.transfer import messages as m
+from lanewise.transfer.link_state import LinkMachine
+from lanewise.transfer.protocol import Action, Disconnect, Emit, LinkPhase, Send
+from lanewise.transfer.records import Aborted, Binding, Counters, Endpoint, Key, Limits, Pages, Peer, Timers
+from lanewise.transfer.send_window import Job
+from lanewise.transfer.sender_state import SenderTransfer
+
+LinkId = tuple[str, str]
+"""(address, incarnation). Links of several incarnations may share an address: only one of them can answer."""
+
+_FAIR_EVERY = 4
+"""The transfer with the least left goes first, but every n-th chunk is the oldest transfer's, so none starves."""
+
+
+@dataclass(slots=True)
+class _Ending:
+    """An ABORT of ours that the receiver has not acknowledged yet."""
+
+    message: m.Abort
+    tries: int
+    at: float
+
+
+class SenderCore:
+    def __init__(self, identity: Endpoint, timers: Timers, limits: Limits, counters: Counters) -> None:
+        self._identity = identity
+        self._timers = timers
+        self._limits = limits
+        self._counters = counters
+        self._links: dict[LinkId, LinkMachine] = {}
+        self._transfers: dict[Key, SenderTransfer] = {}
+        self._by_address: dict[str, dict[Key, SenderTransfer]] = {}
+        self._ending: dict[LinkId, dict[Key, _Ending]] = {}
+        self._turn = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self._transfers and not any(self._ending.values())
+
+    @property
+    def live(self) -> int:
+        return len(self._transfers)
+
+    # --- the loop's side
+
+    def connect(self, peer: Peer, now: float) -> list[Action]:
+        return self._link(peer).want(now)
+
+    def begin(self, key: Key, peer: Peer, binding: Binding, pages: Pages, now: float) -> list[Action]:
+        if key in self._transfers:
+            return []  # the same attempt twice: the first one stands
+        link = self._link(peer)
+        layout = self._identity.layout
+        transfer = SenderTransfer(
+            key, peer, binding, pages, source=self._identity.incarnation, layout=layout, timers=self._timers
+        )
+        self._transfers[key] = transfer
+        self._by_address.setdefault(peer.kv_address, {})[key] = transfer
+        actions = link.want(now)
+        if link.usable:
+            actions += transfer.link_up(now)
+        return actions
+
+    def ready(self, key: Key, tokens: int, layers: range | None) -> None:
+        if transfer := self._transfers.get(key):
+            transfer.ready(tokens, layers)
+
+    def commit(self, key: Key, token: Token, now: float) -> list[Action]:
+        transfer = self._transfers.get(key)
+        return self._finish(transfer, transfer.commit(token, now), now) if transfer else []
+
+    def abort(self, key: Key, reason: str, now: float) -> list[Action]:
+        transfer = self._transfers.get(key)
+        return self._finish(transfer, transfer.fail(reason), now) if transfer else []
+
+    def abort_all(self, reason: str, now: float) -> list[Action]:
+        return [action for key in list(self._transfers) for action in self.abort(key, reason, now)]
+
+    def unreachable(self, address: str, reason: str, now: float) -> list[Action]:
+        """The address cannot even be tried."""
+        return [
+            action
+            for link_id, link in list(self._links.items())
+            if link_id[0] == address
+            for action in self._around(link_id, link, link.fail(reason, now, hopeless=True), now)
+        ]
+
+    # --- chunks
+
+    def wants(self, address: str) -> bool:
+        """Whether `next_chunk` would have something to send."""
+        return bool(self._with_chunk(address))
+
+    def next_chunk(self, address: str) -> tuple[SenderTransfer, Job] | None:
+        """What to send on a data socket of this address that can take a message."""
+        ready = self._with_chunk(address)
+        if not ready:
+            return None
+        self._turn += 1
+        oldest = self._turn % _FAIR_EVERY == 0
+        chosen = ready[0] if oldest else min(ready, key=lambda transfer: transfer.window.remaining_bytes)
+        job = chosen.take(self._links[address, chosen.peer.incarnation].chunk_bytes)
+        assert job is not None
+        return chosen, job
+
+    def _with_chunk(self, address: str) -> list[SenderTransfer]:
+        return [
+            transfer
+            for transfer in self._by_address.get(address, {}).values()
+            if transfer.streaming and transfer.window.wants(self._links[address, transfer.peer.incarnation].chunk_bytes)
+        ]
+
+    def sent(self, transfer: SenderTransfer, job: Job, crc: bytes, delivered: bool, now: float) -> list[Action]:
+        return self._finish(transfer, transfer.sent(job, crc, delivered, now), now)
+
+    # --- messages
+
+    def receive(self, address: str, message: m.AnyMessage, now: float) -> list[Action]:
+        if message.dst != self._identity.incarnation:
+            self._counters.stale += 1
+            return []
+        if isinstance(message, m.Stale):
+            return self._stale((address, message.wanted), now)
+        link_id = (address, message.src)
+        link = self._links.get(link_id)
+        if link is None:
+            return []
+        actions = self._around(link_id, link, link.receive(message, now), now)
+        if isinstance(message, m.Pong):
+            actions += self._pong(link_id, message, now)
+        elif isinstance(message, m.TransferMessage):
+            actions += self._for_transfer(link_id, link, message, now)
+        return actions
+
+    def _for_transfer(self, link_id: LinkId, link: LinkMachine, message: m.TransferMessage, now: float) -> list[Action]:
+        assert isinstance(message, m.AnyMessage)
+        actions: list[Action] = []
+        if isinstance(message, m.AbortAck):
+            self._ending.get(link_id, {}).pop(message.key, None)
+            return actions
+        if isinstance(message, m.Abort):
+            actions.append(self._send(link_id, m.AbortAck(*self._names(link_id), *message.key, True)))
+        transfer = self._transfers.get(message.key)
+        if transfer is None or transfer.peer.incarnation != message.src:
+            if isinstance(message, m.Grant):  # of a transfer that has ended here: our ABORT was lost
+                actions.append(self._send(link_id, m.Abort(*self._names(link_id), *message.key, "ended")))
+            return actions
+        actions += self._finish(
+            transfer, transfer.receive(message, now), now, tell=not isinstance(message, m.Nack | m.Abort)
+        )
+        if isinstance(message, m.Nack) and message.hello_first:
+            actions += self._around(link_id, link, link.again(now), now)
+        return actions
+
+    def _pong(self, link_id: LinkId, pong: m.Pong, now: float) -> list[Action]:
+        for key in pong.live:
+            if (transfer := self._transfers.get(key)) and transfer.peer.incarnation == pong.src:
+                transfer.renew(now)
+        return []
+
+    def _stale(self, link_id: LinkId, now: float) -> list[Action]:
+        link = self._links.get(link_id)
+        if link is None:
+            return []
+        self._counters.stale += 1
+        return self._around(link_id, link, link.fail("stale incarnation", now, hopeless=True), now)
+
+    # --- time
+
+    @property
+    def deadline(self) -> float:
+        ends = [ending.at for group in self._ending.values() for ending in group.values()]
+        links = [link.deadline for link in self._links.values()]
+        return min((*ends, *links, *(transfer.deadline for transfer in self._transfers.values())), default=float("inf"))
+
+    def tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for transfer in list(self._transfers.values()):
+            actions += self._finish(transfer, transfer.tick(now), now)
+        for link_id, link in list(self._links.items()):
+            actions += self._around(link_id, link, link.tick(now), now)
+            if link.ping_due(now):
+                actions.append(self._ping(link_id))
+            if link.forgettable(now) and not self._uses(link_id):
+                actions += self._forget(link_id)
+        for link_id, group in self._ending.items():
+            actions += self._abort_again(link_id, group, now)
+        return actions
+
+    def _ping(self, link_id: LinkId) -> Action:
+        live = [key for key, transfer in self._of(link_id) if transfer.streaming][: m.MAX_LIVE]
+        return self._send(link_id, m.Ping(*self._names(link_id), tuple(live)))
+
+    def _abort_again(self, link_id: LinkId, group: dict[Key, _Ending], now: float) -> list[Action]:
+        actions: list[Action] = []
+        for key, ending in list(group.items()):
+            if now < ending.at:
+                continue
+            if ending.tries >= self._timers.abort_tries:
+                del group[key]  # the receiver's lease and its own view of the dead link free the rest
+                continue
+            ending.tries += 1
+            ending.at = now + self._timers.abort_ack_s
+            actions.append(self._send(link_id, ending.message))
+        return actions
+
+    # --- what follows from a machine's actions
+
+    def _around(self, link_id: LinkId, link: LinkMachine, actions: list[Action], now: float) -> list[Action]:
+        """A link's own actions, then those of its transfers: they start when it is usable and end when it fails."""
+        if not actions:
+            return actions
+        out = list(actions)
+        if link.usable:
+            for _, transfer in self._of(link_id):
+                out += self._finish(transfer, transfer.link_up(now), now)
+        elif link.phase is LinkPhase.FAILED:
+            for _, transfer in self._of(link_id):
+                out += self._finish(transfer, transfer.fail(link.reason, link.mismatch), now)
+            self._ending.pop(link_id, None)
+        return out
+
+    def _finish(
+        self, transfer: SenderTransfer, actions: list[Action], now: float, *, tell: bool = True
+    ) -> list[Action]:
+        """Counts and forgets a transfer that has ended, and tells the receiver of an abort it cannot know of."""
+        if not actions or not transfer.ended or transfer.key not in self._transfers:
+            return actions
+        link_id = (transfer.peer.kv_address, transfer.peer.incarnation)
+        del self._transfers[transfer.key]
+        del self._by_address[transfer.peer.kv_address][transfer.key]
+        self._counters.prefix_skipped_tokens += transfer.have_tokens
+        if (reason := _abort_reason(actions)) is not None and tell and self._links[link_id].usable:
+            return [*actions, self._tell(link_id, transfer.key, reason, now)]
+        return actions
+
+    def _tell(self, link_id: LinkId, key: Key, reason: str, now: float) -> Action:
+        message = m.Abort(*self._names(link_id), *key, m.clip(reason))
+        group = self._ending.setdefault(link_id, {})
+        group[key] = _Ending(message, 1, now + self._timers.abort_ack_s)
+        return self._send(link_id, message)
+
+    def _link(self, peer: Peer) -> LinkMachine:
+        link_id = (peer.kv_address, peer.incarnation)
+        if link_id not in self._links:
+            self._links[link_id] = LinkMachine(peer, self._identity, self._timers, self._limits)
+        return self._links[link_id]
+
+    def _forget(self, link_id: LinkId) -> list[Action]:
+        del self._links[link_id]
+        self._ending.pop(link_id, None)
+        address = link_id[0]
+        if any(other == address for other, _ in self._links):
+            return []
+        self._by_address.pop(address, None)
+        return [Disconnect(address)]
+
+    def _of(self, link_id: LinkId) -> list[tuple[Key, SenderTransfer]]:
+        address, incarnation = link_id
+        group = self._by_address.get(address, {})
+        return [(key, transfer) for key, transfer in group.items() if transfer.peer.incarnation == incarnation]
+
+    def _uses(self, link_id: LinkId) -> bool:
+        return bool(self._of(link_id))
+
+    def _names(self, link_id: LinkId) -> tuple[str, str]:
+        return self._identity.incarnation, link_id[1]
+
+    def _send(self, link_id: LinkId, message: m.AnyMessage) -> Send:
+        return Send(link_id[0], message)
+
+
+def _abort_reason(actions: list[Action]) -> str | None:
+    for action in actions:
+        if isinstance(action, Emit) and isinstance(action.event, Aborted):
+            return action.event.reason
+    return None

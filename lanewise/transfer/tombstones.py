@@ -1,0 +1,55 @@
+"""What is remembered of ended transfers: the recorded answer to a duplicate, and the epochs that are fenced. Pure."""
+
+from __future__ import annotations
+
+from lanewise.transfer import messages as m
+from lanewise.transfer.records import Key
+
+_MAX = 100_000
+
+
+class Tombstones:
+    def __init__(self, keep_s: float) -> None:
+        self._keep_s = keep_s
+        self._answers: dict[Key, tuple[float, m.FromReceiver]] = {}  # in order of time, oldest first
+        self._epochs: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def answer(self, key: Key) -> m.FromReceiver | None:
+        found = self._answers.get(key)
+        return found[1] if found else None
+
+    def bury(self, key: Key, answer: m.FromReceiver, now: float) -> None:
+        self._answers.pop(key, None)
+        self._answers[key] = (now + self._keep_s, answer)
+        if len(self._answers) > _MAX:
+            self._drop(next(iter(self._answers)))
+
+    def seen(self, key: Key) -> int | None:
+        """Records an epoch; returns the highest one seen before (None: none)."""
+        request_id, epoch = key
+        before = self._epochs.get(request_id)
+        if before is None or epoch > before:
+            self._epochs[request_id] = epoch
+        return before
+
+    def fences(self, key: Key) -> bool:
+        return self._epochs.get(key[0], key[1]) > key[1]
+
+    def purge(self, now: float) -> None:
+        while self._answers:
+            key, (until, _) = next(iter(self._answers.items()))
+            if until > now:
+                return
+            self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        del self._answers[key]
+        if self._epochs.get(key[0]) == key[1]:
+            del self._epochs[key[0]]
+
+    @property
+    def deadline(self) -> float:
+        return next(iter(self._answers.values()))[0] if self._answers else float("inf")

@@ -1,0 +1,221 @@
+"""The sockets of the KV channel and the one thread that owns them all.
+
+Owns: socket options, the poller, the way in for other threads, bounded queues of control messages, fault hooks.
+Must not: know states or pages; `sender.py` and `receiver.py` subclass `SocketThread` and supply those.
+No exception of a handler ends the thread: it is logged and counted (`Counters.internal_errors`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import logging
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from lanewise.transfer.faults import Faults, Frames
+from lanewise.transfer.messages import MAX_HEADER_BYTES
+from lanewise.transfer.records import Counters, Limits
+
+log = logging.getLogger("lanewise.transfer")
+
+NOBLOCK = zmq.NOBLOCK
+_MAX_POLL_S = 1.0
+
+
+def common_options(sock: zmq.Socket[bytes]) -> None:
+    """What every socket of the channel has: nothing lingers, dead connections are noticed, names may be IPv6."""
+    for option, value in (
+        (zmq.LINGER, 0),
+        (zmq.IPV6, 1),
+        (zmq.HEARTBEAT_IVL, 2000),
+        (zmq.HEARTBEAT_TIMEOUT, 6000),
+        (zmq.HEARTBEAT_TTL, 6000),
+        (zmq.HANDSHAKE_IVL, 5000),
+        (zmq.TCP_KEEPALIVE, 1),
+        (zmq.TCP_KEEPALIVE_IDLE, 30),
+        (zmq.TCP_KEEPALIVE_INTVL, 5),
+        (zmq.TCP_KEEPALIVE_CNT, 3),
+    ):
+        sock.setsockopt(option, value)
+
+
+def make_router(context: zmq.Context[zmq.Socket[bytes]], limits: Limits) -> zmq.Socket[bytes]:
+    sock = context.socket(zmq.ROUTER)
+    common_options(sock)
+    sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else messages to unknown peers vanish silently
+    sock.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a reconnecting sender takes its name over from its old connection
+    sock.setsockopt(zmq.SNDHWM, limits.control_hwm)
+    sock.setsockopt(zmq.RCVHWM, limits.data_hwm)  # per connection; credit bounds the bytes, this the careless
+    sock.setsockopt(zmq.MAXMSGSIZE, max(limits.max_chunk_bytes, MAX_HEADER_BYTES))
+    return sock
+
+
+class SocketThread(ABC):
+    """One thread that waits on sockets, commands and timers."""
+
+    def __init__(self, name: str, limits: Limits, counters: Counters, faults: Faults | None) -> None:
+        self.limits = limits
+        self.counters = counters
+        self.faults = faults or Faults()
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.context.set(zmq.IO_THREADS, limits.stripes)
+        self.context.set(zmq.MAX_SOCKETS, 4096)
+        self.poller = zmq.Poller()
+        self._commands: deque[Callable[[float], None]] = deque()
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._delayed: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._closing_until: float | None = None
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    # --- for any thread
+
+    def start_thread(self) -> None:
+        self.poller.register(self._wake_out, zmq.POLLIN)
+        self._thread.start()
+
+    def command(self, step: Callable[[float], None]) -> None:
+        """Runs a step on the transfer thread; RuntimeError once it has ended."""
+        if self._ended:
+            raise RuntimeError(f"{self._thread.name} is closed")
+        self._commands.append(step)
+        self._wake()
+
+    def join(self, timeout: float) -> None:
+        """Ends every transfer, tells the partners, and stops; waits `timeout` for them to answer."""
+        if self._thread.ident is None:
+            self._release()
+            return
+
+        def begin_close(now: float) -> None:
+            if self._closing_until is None:
+                self._closing_until = now + timeout
+                self.on_close(now)
+
+        self.command(begin_close)
+        self._thread.join(timeout + 5.0)
+
+    @property
+    def closing(self) -> bool:
+        return self._closing_until is not None
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # full: a wake-up is pending anyway; closed: nobody is left to wake
+            self._wake_in.send(b"\0")
+
+    # --- for the subclass
+
+    @abstractmethod
+    def on_close(self, now: float) -> None: ...
+
+    @abstractmethod
+    def on_readable(self, sock: zmq.Socket[bytes], now: float) -> None: ...
+
+    @abstractmethod
+    def on_turn(self, now: float) -> None:
+        """Once per wake-up, after messages and commands: timers, chunks, ACKs, queued control messages."""
+
+    @abstractmethod
+    def next_deadline(self, now: float) -> float: ...
+
+    @abstractmethod
+    def may_stop(self) -> bool:
+        """Whether a closing thread has nothing left to tell anybody."""
+
+    def close_sockets(self) -> None:
+        self.context.destroy(linger=0)
+
+    def deliver(self, kind: str, frames: Sequence[bytes | memoryview], send: Callable[[Frames], None]) -> None:
+        """Sends a message through the fault hooks."""
+        if not self.faults.active:
+            send(list(frames))
+            return
+        for delivery in self.faults.deliveries(kind, frames):
+            if delivery.delay_s <= 0:
+                send(delivery.frames)
+            else:
+                due = time.monotonic() + delivery.delay_s
+                late = delivery.frames
+                heapq.heappush(self._delayed, (due, next(self._order), lambda late=late: send(late)))  # type: ignore[misc]
+        self.faults.point(f"{kind.lower()}_sent")
+
+    # --- the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._finished(time.monotonic()):
+                self._guarded(self._turn)
+        finally:
+            self._ended = True
+            while self._commands:  # they came too late, and each still gets its event
+                self._guarded(self._commands.popleft(), time.monotonic())
+            self._release()
+
+    def _finished(self, now: float) -> bool:
+        return self._closing_until is not None and (now >= self._closing_until or self.may_stop())
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        deadline = self.next_deadline(now)
+        if self._delayed:
+            deadline = min(deadline, self._delayed[0][0])
+        if self._closing_until is not None:
+            deadline = min(deadline, self._closing_until)
+        wait_s = 0.0 if self._commands else min(max(deadline - now, 0.0), _MAX_POLL_S)
+        ready = self.poller.poll(_milliseconds(wait_s))
+        for sock, event in ready:
+            if isinstance(sock, zmq.Socket):
+                if event & zmq.POLLIN:
+                    self._guarded(self.on_readable, sock, time.monotonic())
+            else:
+                self._drain_wake()
+        while self._commands:
+            self._guarded(self._commands.popleft(), time.monotonic())
+        while self._delayed and self._delayed[0][0] <= time.monotonic():
+            self._guarded(heapq.heappop(self._delayed)[2])
+        self._guarded(self.on_turn, time.monotonic())
+
+    def _drain_wake(self) -> None:
+        try:
+            while self._wake_out.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _guarded(self, step: Callable[..., None], *args: object) -> None:
+        try:
+            step(*args)
+        except Exception:
+            self.counters.internal_errors += 1
+            log.exception("defect in the KV channel; the thread goes on")
+            time.sleep(0.01)  # a defect that repeats must not take a core
+
+    def _release(self) -> None:
+        self.close_sockets()
+        self._wake_in.close()
+        self._wake_out.close()
+
+
+def _milliseconds(seconds: float) -> int:
+    """Rounded up: rounding down would spin until the deadline."""
+    return int(seconds * 1000) + (seconds > 0)
+
+
+def send_now(sock: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) -> bool:
+    """Without waiting; False: no room now."""
+    try:
+        sock.send_multipart(list(frames), NOBLOCK)
+    except zmq.Again:
+        return False
+    return True
