@@ -59,7 +59,7 @@ class Child:
         self._ready_at: float | None = None
         self._ever_ready = False
         self._tail: deque[str] = deque(maxlen=8)
-        self._process: asyncio.subprocess.Process | None = None
+        self._transport: asyncio.SubprocessTransport | None = None
 
     async def run(self) -> None:
         failures = 0
@@ -88,9 +88,9 @@ class Child:
     def terminate(self) -> None:
         """Asks the process to drain and end. Its own children are its own affair until it is gone."""
         self.stop_restarting()
-        if self._process is not None and self._process.returncode is None:
+        if self._transport is not None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
+                self._transport.terminate()
 
     def kill(self) -> None:
         self.stop_restarting()
@@ -101,7 +101,29 @@ class Child:
         loop = asyncio.get_running_loop()
         self.ready, self._ready_at = {}, None
         self._tail.clear()
-        self._process = process = await asyncio.create_subprocess_exec(
+        try:
+            self._transport, output = await self._spawn(loop)
+        except OSError as error:
+            raise ChildFailed(f"cannot start {self.plan.argv[0]}: {error.strerror}", 1) from error
+        try:
+            self.pid = self._transport.get_pid()
+            self._change("starting")
+            if self._stopping.is_set():
+                self.terminate()  # asked to stop while it was being started
+            await output.exited.wait()
+            self._kill_group()  # descendants that outlived it would hold its port, and its pipes
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(output.closed.wait(), 2.0)
+        finally:
+            self._kill_group()
+            self._transport.close()
+        self.pid = 0
+        status = self._transport.get_returncode()
+        return 0 if status is None else status, loop.time() - self._ready_at if self._ready_at is not None else 0.0
+
+    async def _spawn(self, loop: asyncio.AbstractEventLoop) -> tuple[asyncio.SubprocessTransport, _Output]:
+        return await loop.subprocess_exec(
+            lambda: _Output(self._take_line),
             *self.plan.argv,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -111,43 +133,12 @@ class Child:
             process_group=0,
             preexec_fn=_die_with(os.getpid()),
         )
-        self.pid = process.pid
-        self._change("starting")
-        assert process.stdout is not None
-        assert process.stderr is not None
-        readers = asyncio.gather(self._read(process.stdout, "stdout"), self._read(process.stderr, "stderr"))
-        try:
-            if self._stopping.is_set():
-                self.terminate()  # asked to stop while it was being started
-            status = await process.wait()
-            self._kill_group()  # descendants that outlived it would hold its port
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(readers, 2.0)
-        finally:
-            readers.cancel()
-            self._kill_group()
-            if process.returncode is None:
-                await process.wait()
-        self.pid = 0
-        return status, loop.time() - self._ready_at if self._ready_at is not None else 0.0
 
     async def _wait_before_restart(self, delay_s: float) -> None:
         self.restarts += 1
         self._change("backoff")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), delay_s)
-
-    async def _read(self, reader: asyncio.StreamReader, stream: Stream) -> None:
-        """Lines of any length; one that never ends is cut, so that a child cannot fill this process."""
-        pending = b""
-        while chunk := await reader.read(65536):
-            *lines, pending = (pending + chunk).split(b"\n")
-            if len(pending) > MAX_LINE_BYTES:
-                lines, pending = [*lines, pending], b""
-            for line in lines:
-                self._take_line(stream, line)
-        if pending:
-            self._take_line(stream, pending)
 
     def _take_line(self, stream: Stream, raw: bytes) -> None:
         line = raw.decode(errors="replace").rstrip()
@@ -168,13 +159,42 @@ class Child:
         self._on_change(self)
 
     def _kill_group(self) -> None:
-        if self._process is not None:
+        if self._transport is not None and self.pid:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL)
 
     def _last_words(self, status: int) -> str:
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         return "\n".join(self._tail) if self._tail else f"ended with {how} and no message"
+
+
+class _Output(asyncio.SubprocessProtocol):
+    """The pipes and the end of one process, apart: descendants may hold the pipes open after its end."""
+
+    def __init__(self, take_line: Callable[[Stream, bytes], None]) -> None:
+        self.exited = asyncio.Event()
+        self.closed = asyncio.Event()
+        self._take_line = take_line
+        self._pending = {1: b"", 2: b""}
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        """Lines of any length; one that never ends is cut, so that a child cannot fill this process."""
+        *lines, pending = (self._pending[fd] + data).split(b"\n")
+        if len(pending) > MAX_LINE_BYTES:
+            lines, pending = [*lines, pending], b""
+        self._pending[fd] = pending
+        for line in lines:
+            self._take_line("stdout" if fd == 1 else "stderr", line)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if self._pending.get(fd):
+            self.pipe_data_received(fd, b"\n")
+
+    def process_exited(self) -> None:
+        self.exited.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed.set()
 
 
 def _json_object(line: str) -> dict[str, Any] | None:

@@ -26,6 +26,8 @@ from lanewise.local.supervisor import STOP_S, Supervisor, welcome
 from lanewise.spec import LLMService, builtin_service
 
 POLL_S = 0.05
+SELF = (sys.executable, "-m", "lanewise")
+"""How a detached service starts this program again."""
 
 
 def up(argv: Sequence[str]) -> int:
@@ -109,7 +111,7 @@ def _check_auth(service: LLMService, *addresses: str) -> None:
 def _detach(options: Namespace, decided: ServicePlan) -> int:
     """Starts the same command in the background and waits until it is ready or has failed."""
     log = state.state_dir() / f"{decided.service}.log"
-    command = [sys.executable, "-m", "lanewise", "up", *([options.file] if options.file else [])]
+    command = [*SELF, "up", *([options.file] if options.file else [])]
     command += ["--http", options.http, "--grpc", options.grpc]
     command += ["--log-format", options.log_format, "--log-level", options.log_level]
     with log.open("wb") as sink:
@@ -201,5 +203,5 @@ def status(argv: Sequence[str]) -> int:
     elif not described:
         print("no local service runs; start one with: lanewise up")
     else:
-        render(described)
+        print(render(described))
     return 0 if described else 1

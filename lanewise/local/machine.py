@@ -32,7 +32,7 @@ class Machine:
 def look() -> Machine:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = tuple(sorted(affinity(0))) if affinity else tuple(range(os.cpu_count() or 1))
-    return Machine(cores, max(1, min(len(cores), math.ceil(_cpu_quota()))), _gpus())
+    return Machine(cores, max(1, math.ceil(min(len(cores), _cpu_quota()))), _gpus())
 
 
 def _cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:

@@ -14,6 +14,7 @@ from lanewise.errors import ConfigError
 from lanewise.local.machine import Machine
 from lanewise.spec import LLMService
 
+MODULES = {"router": "lanewise.router", "prefill": "lanewise.prefill_worker", "decode": "lanewise.decode_worker"}
 SPARE_CORE_FROM = 8  # on a machine this wide the router gets a core that no worker uses
 
 
@@ -146,7 +147,6 @@ def _worker_flags(service: LLMService, role: str, share: _Share) -> list[str]:
 def _process(
     name: str, role: str, flags: tuple[str, ...], options: Options, share: _Share, address: str, kv_address: str
 ) -> ProcessPlan:
-    module = "lanewise.router" if role == "router" else f"lanewise.{role}_worker"
     common = ("--name", name, "--log-format", "json", "--log-level", options.log_level)
     threads = str(share.threads)
     environment = {
@@ -158,7 +158,9 @@ def _process(
     if share.gpu is not None:
         # One visible GPU each: the worker's own `auto` finds it, or the CPU where torch has no CUDA.
         environment["CUDA_VISIBLE_DEVICES"] = share.gpu
-    return ProcessPlan(name, role, (sys.executable, "-m", module, *common, *flags), environment, address, kv_address)
+    return ProcessPlan(
+        name, role, (sys.executable, "-m", MODULES[role], *common, *flags), environment, address, kv_address
+    )
 
 
 def _refuse_unsupported(service: LLMService) -> None:

@@ -75,23 +75,22 @@ def _fleet(address: str) -> tuple[dict[str, Any], str | None]:
     return {worker.description.address: worker for worker in reply.workers}, None
 
 
-def render(services: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
+def render(services: list[dict[str, Any]]) -> str:
+    """For people and for `grep`: full lines at any width."""
+    lines = []
     for service in services:
         state = "ready" if service["ready"] else "starting"
         where = f"http://{service['http']}/v1  grpc {service['grpc']}"
-        console.print(f"{service['service']} ({service['served_name']}): {state}  {where}", highlight=False)
+        lines.append(f"{service['service']} ({service['served_name']}): {state}  {where}")
         if service["router_problem"]:
-            console.print(f"the router does not answer: {service['router_problem']}", style="yellow", highlight=False)
-        table = Table(box=None, pad_edge=False)
-        for column in COLUMNS:
-            table.add_column(column, no_wrap=True)
-        for row in service["processes"]:
-            table.add_row(*_cells(row))
-        console.print(table)
+            lines.append(f"the router does not answer: {service['router_problem']}")
+        rows = [list(COLUMNS), *(_cells(row) for row in service["processes"])]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        lines.append("")
+    return "\n".join(lines[:-1])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -1,0 +1,3 @@
+from fake_process import worker
+
+worker("prefill")
