@@ -7,47 +7,30 @@ Must not: order local prefill itself (the batching policy does), verify KV (the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import StrEnum
 from statistics import median
 from typing import TYPE_CHECKING
 
 import structlog
 
+from lanewise.decode_worker.room import Admission, Decode, Phase, first_come, victim
 from lanewise.engine.opening import open_sequence
 from lanewise.engine.runner import Work
 from lanewise.fleet import WorkerStats
-from lanewise.policy.admission import OutputLengths, peak_tokens
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
 from lanewise.request import Mode, Submission, Token
-from lanewise.rpc.loop import Attempt, Key, WorkerLoop
+from lanewise.rpc.loop import Key, WorkerLoop
 from lanewise.rpc.outbox import Outbox
 from lanewise.transfer.records import Aborted, Committed, Offered, ReceiverEvent
 
 if TYPE_CHECKING:
     from lanewise.engine.runner import Engine, Sampled
-    from lanewise.engine.sequence import Sequence
     from lanewise.transfer.faults import Faults
     from lanewise.transfer.receiver import Receiver
 
 log = structlog.get_logger(__name__)
 
 
-class Phase(StrEnum):
-    EXPECTED = "expected"  # waits for BEGIN, holds no pages
-    RECEIVING = "receiving"  # pages are lent to the receiver
-    QUEUED = "queued"  # local prefill, holds no pages
-    BLOCKED = "blocked"  # local prefill that found no room; asked again when some comes free
-    PREFILLING = "prefilling"  # local prefill, holds pages for all its ids
-    RUNNING = "running"  # decodes one token a step
-
-
-@dataclass(slots=True, kw_only=True)
-class Decode(Attempt):
-    seq: Sequence
-    cache_key: bytes
-    phase: Phase
-    preempted: bool = False  # recomputed ahead of new admissions
+OFFER_PATIENCE_S = 4.0  # an offer may wait this long for room; the sender gives up after 5 s
 
 
 class DecodeLoop(WorkerLoop[Decode]):
@@ -66,10 +49,10 @@ class DecodeLoop(WorkerLoop[Decode]):
         self._policy = policy
         self._faults = faults
         self._max_running = max_running
+        self._admission = Admission(engine.pool.usage().capacity_tokens, max_running)
         self._ttft_target_s = ttft_target_s
         self._receiver: Receiver | None = None
         self._closing: dict[Key, Decode] = {}  # ended for the router, pages still lent to the receiver
-        self._outputs = OutputLengths()
         self._preemptions = 0
         self._step_times: list[float] = []
         self._audited = True
@@ -126,7 +109,7 @@ class DecodeLoop(WorkerLoop[Decode]):
 
     def close(self, attempt: Decode, reason: str) -> None:
         self._policy.remove(attempt.key)
-        if attempt.phase in (Phase.EXPECTED, Phase.RECEIVING):
+        if attempt.phase in (Phase.EXPECTED, Phase.OFFERED, Phase.RECEIVING):
             self._closing[attempt.key] = attempt
             self.receiver.cancel(attempt.key, reason)
         else:
@@ -137,10 +120,9 @@ class DecodeLoop(WorkerLoop[Decode]):
             self._engine.pool.seal(attempt.seq, attempt.cache_key)
         self._engine.pool.release(attempt.seq)
         self._audited = False
-        for other in self.attempts.values():
-            if other.phase is Phase.BLOCKED:
-                other.phase = Phase.QUEUED
-                self._enqueue(other)
+        for other in first_come(self.attempts.values(), Phase.BLOCKED):
+            other.phase = Phase.QUEUED
+            self._enqueue(other)
 
     # ------------------------------------------------------------ KV arrives
 
@@ -151,7 +133,8 @@ class DecodeLoop(WorkerLoop[Decode]):
             return
         match event:
             case Offered():
-                self._offered(attempt)
+                self._faults.point("grant_pending")
+                attempt.phase, attempt.refuse_at = Phase.OFFERED, self.clock() + OFFER_PATIENCE_S
             case Committed():
                 self._committed(attempt, event)
             case Aborted():
@@ -167,19 +150,32 @@ class DecodeLoop(WorkerLoop[Decode]):
             closing.phase = Phase.QUEUED  # what arrived of it was never verified as a whole: not for the cache
             self._release(closing)
 
-    def _offered(self, attempt: Decode) -> None:
-        self._faults.point("grant_pending")
+    def _answer_offers(self, now: float) -> float | None:
+        """Grant in order of arrival while there is room. Returns when the next offer runs out of patience."""
+        waiting = first_come(self.attempts.values(), Phase.OFFERED)
+        for index, attempt in enumerate(waiting):
+            if self._grant(attempt):
+                continue
+            if attempt.refuse_at <= now:
+                self.receiver.refuse(attempt.key, True, "no room in the KV pool")
+                self.outbox.transfer_failed(attempt.session, attempt.key, "no room in the KV pool", False)
+                attempt.phase = Phase.QUEUED  # the receiver has forgotten it
+                self.end(attempt.key, "no room")
+                continue
+            return min(a.refuse_at for a in waiting[index:]) - now
+        return None
+
+    def _grant(self, attempt: Decode) -> bool:
         pool, seq = self._engine.pool, attempt.seq
-        if not self._fits(attempt):
-            self.receiver.refuse(attempt.key, True, "the KV pool is full")
-            return
+        if not self._admission.fits(attempt, self.attempts.values()):
+            return False
         have = pool.attach(seq, attempt.cache_key)
         if not pool.ensure(seq, len(seq.ids)):
             pool.release(seq)
-            self.receiver.refuse(attempt.key, True, "the KV pool is full")
-            return
+            return False
         attempt.phase = Phase.RECEIVING
         self.receiver.grant(attempt.key, list(seq.pages), have)
+        return True
 
     def _committed(self, attempt: Decode, event: Committed) -> None:
         seq = attempt.seq
@@ -193,56 +189,37 @@ class DecodeLoop(WorkerLoop[Decode]):
     def on_peers(self, peers: Iterable[tuple[str, str, str]]) -> None:
         """Decode workers are connected to; they connect to no one."""
 
-    # ------------------------------------------------------------ room
-
-    def _held(self) -> list[Decode]:
-        return [a for a in self.attempts.values() if a.seq.pages]
-
-    def _fits(self, candidate: Decode) -> bool:
-        """Whether the predicted peak KV of what runs, with the candidate, stays within the pool (Past-Future)."""
-        others = self._held()
-        if not others:
-            return True
-        if len(others) >= self._max_running:
-            return False
-        load = [(len(a.seq.ids), self._remaining(a)) for a in [*others, candidate]]
-        return peak_tokens(load) <= self._engine.pool.usage().capacity_tokens
-
-    def _remaining(self, attempt: Decode) -> int:
-        return max(1, self._outputs.remaining(attempt.seq.num_output, attempt.seq.sampling.max_tokens))
-
-    def _preempt_for(self, needy: Decode) -> bool:
-        """Free the pages of the request with the least progress. False: that was `needy` itself."""
-        victim = min(
-            (a for a in self.attempts.values() if a.phase in (Phase.RUNNING, Phase.PREFILLING)),
-            key=lambda a: (a.seq.num_output, -a.arrived_at),
-        )
-        self._preemptions += 1
-        log.info("preempted", request_id=victim.key[0], epoch=victim.key[1], output_tokens=victim.seq.num_output)
-        self._policy.remove(victim.key)
-        self._engine.pool.seal(victim.seq, victim.cache_key)
-        self._engine.pool.release(victim.seq)
-        victim.preempted = True
-        victim.phase = Phase.QUEUED
-        self._enqueue(victim)
-        return victim is not needy
-
     # ------------------------------------------------------------ one round
 
     def turn(self, now: float) -> float | None:
+        patience = self._answer_offers(now)
         work = self._decode_work()
         plan = self._policy.next_batch(now)
         local = self._local_work(plan)
-        if not work and not local:
-            return None if plan.wait_until_s is None else max(0.001, plan.wait_until_s - now)
-        self._step(work, plan, local)
-        return 0.0
+        if work or local:
+            self._step(work, plan, local)
+            return 0.0
+        wait = None if plan.wait_until_s is None else plan.wait_until_s - now
+        waits = [w for w in (wait, patience) if w is not None]
+        return max(0.001, min(waits)) if waits else None
+
+    def _preempt(self) -> None:
+        """Take the pages of the request with the least progress; it is computed again, ids kept, when there is room."""
+        loser = victim(self.attempts.values())
+        self._preemptions += 1
+        log.info("preempted", request_id=loser.key[0], epoch=loser.key[1], output_tokens=loser.seq.num_output)
+        self._policy.remove(loser.key)
+        self._engine.pool.seal(loser.seq, loser.cache_key)
+        self._engine.pool.release(loser.seq)
+        loser.preempted = True
+        loser.phase = Phase.QUEUED
+        self._enqueue(loser)
 
     def _decode_work(self) -> list[Work]:
         work: list[Work] = []
         for attempt in [a for a in self.attempts.values() if a.phase is Phase.RUNNING]:
             while attempt.phase is Phase.RUNNING and not self._engine.pool.ensure(attempt.seq, len(attempt.seq.ids)):
-                self._preempt_for(attempt)
+                self._preempt()
         for attempt in self.attempts.values():
             if attempt.phase is Phase.RUNNING and len(work) < self._max_running:
                 work.append(Work(attempt.seq, attempt.seq.num_uncomputed))
@@ -262,7 +239,7 @@ class DecodeLoop(WorkerLoop[Decode]):
     def _start(self, attempt: Decode) -> bool:
         waiting = any(a.preempted and a.phase in (Phase.QUEUED, Phase.BLOCKED) for a in self.attempts.values())
         pool, seq = self._engine.pool, attempt.seq
-        if (attempt.preempted or not waiting) and self._fits(attempt):
+        if (attempt.preempted or not waiting) and self._admission.fits(attempt, self.attempts.values()):
             pool.attach(seq, attempt.cache_key)
             if pool.ensure(seq, len(seq.ids)):
                 attempt.phase = Phase.PREFILLING
@@ -308,7 +285,7 @@ class DecodeLoop(WorkerLoop[Decode]):
         )
         self.outbox.token(attempt.session, token)
         if finish is not None:
-            self._outputs.observe(seq.num_output)
+            self._admission.observe(seq.num_output)
             self.end(attempt.key, finish.value)
 
     # ------------------------------------------------------------ statistics

@@ -15,9 +15,9 @@ import structlog
 
 from lanewise.engine.opening import open_sequence
 from lanewise.engine.runner import Work
-from lanewise.fleet import Link, WorkerStats
+from lanewise.fleet import Link, LinkState, WorkerStats
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
-from lanewise.request import Submission, Token
+from lanewise.request import Partner, Submission, Token
 from lanewise.rpc.loop import Attempt, Key, WorkerLoop
 from lanewise.rpc.outbox import Outbox
 from lanewise.transfer.records import Aborted, Busy, Delivered, LinkReport, SenderEvent
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from lanewise.engine.sequence import Sequence
     from lanewise.transfer.faults import Faults
     from lanewise.transfer.sender import Sender
-
-MAX_BUSY_S = 5.0  # a decode side without room for this long: let the router choose again
 
 log = structlog.get_logger(__name__)
 
@@ -46,9 +44,6 @@ class Prefill(Attempt):
     cache_key: bytes
     phase: Phase = Phase.QUEUED
     lent: bool = False  # the sender may read its pages: they must not be released
-    token: Token | None = None  # token 1, once sampled
-    retry_at: float | None = None  # the decode side was busy: offer again then
-    busy_since: float | None = None
 
 
 class PrefillLoop(WorkerLoop[Prefill]):
@@ -146,44 +141,29 @@ class PrefillLoop(WorkerLoop[Prefill]):
         if attempt is None:
             return
         attempt.lent = False
-        match event:
-            case Delivered():
-                self.end(event.key, "delivered")
-            case Busy():
-                self._busy(attempt, event.retry_after_s)
-            case Aborted():
-                self._transfer_failed(attempt, event.reason, event.fingerprint_mismatch)
-
-    def _busy(self, attempt: Prefill, retry_after_s: float) -> None:
-        """The KV stays here and is offered again; after a while the router may know a better place."""
-        now = self.clock()
-        attempt.busy_since = attempt.busy_since or now
-        if now - attempt.busy_since > MAX_BUSY_S:
-            self._transfer_failed(attempt, f"the decode side was busy for {MAX_BUSY_S:g} s", False)
-        else:
-            attempt.retry_at = now + retry_after_s
-
-    def _transfer_failed(self, attempt: Prefill, reason: str, fingerprint_mismatch: bool) -> None:
-        self.outbox.transfer_failed(attempt.session, attempt.key, reason, fingerprint_mismatch)
-        self.end(attempt.key, reason)
+        if isinstance(event, Aborted):
+            self.outbox.transfer_failed(attempt.session, event.key, event.reason, event.fingerprint_mismatch)
+        elif isinstance(event, Busy):
+            # The router chooses again, for free; the KV stays in this worker's cache, so little is computed twice.
+            self.outbox.transfer_failed(attempt.session, event.key, "the decode side has no room", False)
+        self.end(event.key, "transfer ended")
 
     def on_peers(self, peers: Iterable[tuple[str, str, str]]) -> None:
         known = {}
         for kv_address, incarnation, _fingerprint in peers:
             known[incarnation] = kv_address
             if incarnation not in self._links:
-                self.sender.connect(kv_address, incarnation)
+                self._links[incarnation] = Link(incarnation, LinkState.UNTESTED)
+                self.sender.connect(Partner(kv_address, incarnation))
         self._links = {peer: link for peer, link in self._links.items() if peer in known}
 
     # ------------------------------------------------------------ one round
 
     def turn(self, now: float) -> float | None:
-        retry_at = self._offer_again(now)
         while True:
             plan = self._policy.next_batch(now)
             if not plan.chunks:
-                wake = [at for at in (plan.wait_until_s, retry_at) if at is not None]
-                return max(0.001, min(wake) - now) if wake else None
+                return None if plan.wait_until_s is None else max(0.001, plan.wait_until_s - now)
             work = self._admit(plan)
             if work:
                 self._step(plan, work)
@@ -211,30 +191,14 @@ class PrefillLoop(WorkerLoop[Prefill]):
             return False
         attempt.phase = Phase.COMPUTING
         self._enqueue(attempt, cached)  # the cache may have grown or shrunk since it was queued
-        self._offer(attempt)
-        return True
-
-    def _offer(self, attempt: Prefill) -> None:
-        """Lend the pages to a transfer and say what of them is computed."""
         partner = attempt.submission.partner
         if partner is None:
             raise RuntimeError(f"prefill attempt {attempt.key} has no partner")
-        attempt.lent, attempt.retry_at = True, None
-        seq = attempt.seq
-        prompt = seq.ids if attempt.token is None else seq.ids[:-1]
-        self.sender.begin(attempt.key, partner, prompt, attempt.cache_key, list(seq.pages))
-        if seq.num_computed:
-            self.sender.ready(attempt.key, seq.num_computed)
-        if attempt.token is not None:
-            self.sender.commit(attempt.key, attempt.token)
-
-    def _offer_again(self, now: float) -> float | None:
-        """Offers whose time has come; returns when the next one is due."""
-        pending = [a for a in self.attempts.values() if a.retry_at is not None]
-        for attempt in pending:
-            if attempt.retry_at is not None and attempt.retry_at <= now:
-                self._offer(attempt)
-        return min((a.retry_at for a in pending if a.retry_at is not None), default=None)
+        attempt.lent = True
+        self.sender.begin(attempt.key, partner, seq.ids, attempt.cache_key, list(seq.pages))
+        if cached:
+            self.sender.ready(attempt.key, cached)
+        return True
 
     def _step(self, plan: BatchPlan, work: list[Work]) -> None:
         self.publish(self.clock())
@@ -249,8 +213,7 @@ class PrefillLoop(WorkerLoop[Prefill]):
                 continue
             self._engine.pool.seal(attempt.seq, attempt.cache_key)
             self._policy.progress(attempt.key, item.num_new)
-            if attempt.lent:
-                self.sender.ready(attempt.key, attempt.seq.num_computed)
+            self.sender.ready(attempt.key, attempt.seq.num_computed)  # ignored where it has failed meanwhile
             if token is not None:
                 self._first_token(attempt, token)
 
@@ -274,9 +237,8 @@ class PrefillLoop(WorkerLoop[Prefill]):
         self.outbox.token(attempt.session, token)
         self._faults.point("token1_sent")
         if finish is None:
-            attempt.phase, attempt.token = Phase.SENDING, token
-            if attempt.lent:
-                self.sender.commit(attempt.key, token)
+            attempt.phase = Phase.SENDING
+            self.sender.commit(attempt.key, token)
         else:
             self.end(attempt.key, "finished at token 1")
 

@@ -5,6 +5,7 @@ Owns: putting the parts together. Must not: hold logic of its own; that is in lo
 
 from __future__ import annotations
 
+import os
 import uuid
 
 import uvloop
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 async def _serve(config: WorkerConfig) -> None:
-    faults = Faults.from_env((config.listen,))
+    faults = Faults.from_env(os.environ, (config.listen, config.kv_listen))
     engine = Engine.load(config)  # before anything listens: nothing can ask for a model that is not there
     engine.warm_up()
     incarnation = str(uuid.uuid4())
