@@ -3,6 +3,7 @@
 Owns: the grammar of LANEWISE_FAULTS_SPEC and the dice. Off unless LANEWISE_FAULTS=1, and then only on loopback.
 Must not: be needed by anything; an empty `Faults()` does nothing.
 
+    LANEWISE_FAULTS_SPEC = spec | "@" file that holds a spec and is read again whenever it changes
     spec  = item *( ";" item )
     item  = ( "kill" | "stop" ) "@" point [ "#" n ]              at the n-th time (default 1) the point is reached
           | ( "drop" | "duplicate" | "corrupt" | "truncate" ) ":" TYPE ":" probability [ ":seed" n ]
@@ -24,6 +25,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lanewise.errors import ConfigError
 
@@ -55,6 +57,8 @@ class Faults:
     rules: list[_Rule] = field(default_factory=list)
     deaths: dict[str, tuple[int, signal.Signals]] = field(default_factory=dict)
     reached: Counter[str] = field(default_factory=Counter)
+    file: Path | None = None
+    file_stamp: tuple[int, int] = (0, 0)
 
     @classmethod
     def parse(cls, spec: str) -> Faults:
@@ -79,14 +83,30 @@ class Faults:
         for address in addresses:
             if not is_loopback(address):
                 raise ConfigError(f"LANEWISE_FAULTS=1 is allowed on loopback only, not with {address}")
-        return cls.parse(environment.get("LANEWISE_FAULTS_SPEC", ""))
+        spec = environment.get("LANEWISE_FAULTS_SPEC", "")
+        if not spec.startswith("@"):
+            return cls.parse(spec)
+        faults = cls(file=Path(spec[1:]))
+        faults._read_again()
+        return faults
+
+    def _read_again(self) -> None:
+        """Take the file's present spec, so that a campaign can aim at a process that runs already."""
+        if self.file is None:
+            return
+        found = self.file.stat()
+        stamp = (found.st_mtime_ns, found.st_size)
+        if stamp != self.file_stamp:
+            fresh = Faults.parse(self.file.read_text())
+            self.rules, self.deaths, self.reached, self.file_stamp = fresh.rules, fresh.deaths, Counter(), stamp
 
     @property
     def active(self) -> bool:
-        return bool(self.rules or self.deaths)
+        return bool(self.rules or self.deaths or self.file)
 
     def point(self, name: str) -> None:
         """The process reached a named point; it may not get further."""
+        self._read_again()
         if not self.deaths:
             return
         self.reached[name] += 1
@@ -96,6 +116,7 @@ class Faults:
 
     def deliveries(self, kind: str, frames: Sequence[bytes | memoryview]) -> list[Delivery]:
         """What becomes of an outgoing message: nothing, one copy or several, now or later, perhaps damaged."""
+        self._read_again()
         out = [Delivery(0.0, list(frames))]
         for rule in self.rules:
             if rule.kind not in ("*", kind) or rule.dice.random() >= rule.probability:
