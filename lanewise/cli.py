@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"no command {name!r}; expected one of {', '.join(COMMANDS)}", 2)
     module, _, function = COMMANDS[name][0].partition(":")
     try:
-        return int(getattr(importlib.import_module(module), function)(rest) or 0)
+        result = int(getattr(importlib.import_module(module), function)(rest) or 0)
+        sys.stdout.flush()  # here, so that a reader that left is noticed here
+        return result
     except ConfigError as error:
         return _fail(str(error), 2)
     except (CommandFailed, LanewiseError) as error:

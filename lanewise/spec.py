@@ -124,8 +124,9 @@ class ModelSource(Model):
 
     def problems(self) -> Iterable[Problem]:
         if not self.uri.startswith("hf://"):
-            for field in sorted(self.model_fields_set & {"revision", "token_secret_ref", "cache"}):
-                if getattr(self, field) is not None:
+            # The API server writes defaults out, so a field that is set says nothing; one with another value does.
+            for field, default in (("cache", None), ("revision", "main"), ("token_secret_ref", None)):
+                if getattr(self, field) != default:
                     yield to_camel(field), f"is for hf:// models, uri is {shown(self.uri)}"
 
 
