@@ -97,13 +97,17 @@ class Tokenizer:
 
     # ------------------------------------------------------------ encoding
 
-    def encode(self, text: str) -> list[int]:
-        """A completion prompt, with the special tokens that the tokenizer's own post-processor adds."""
-        return list(self._backend.encode(text).ids)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text: with what the tokenizer's own post-processor adds (a prompt), or without (a rendered chat)."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_long(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The same, for a thread: the batch call lets other threads run meanwhile."""
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """A conversation. The template writes the special tokens itself, so none are added."""
-        return list(self._backend.encode(self.render_chat(messages), add_special_tokens=False).ids)
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         if not self._chat_template:

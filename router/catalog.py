@@ -7,6 +7,7 @@ worker has gone, so that requests can be held for the next one. Must not: talk t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -41,6 +42,7 @@ class Catalog:
         self._models: dict[str, Model] = {}
         self._created = created
         self._learning = asyncio.Lock()
+        self._any = asyncio.Event()
 
     def knows(self, description: pb.Description) -> bool:
         model = self._models.get(description.model)
@@ -59,6 +61,7 @@ class Catalog:
                 special_tokens=dict(reply.special_tokens),
                 eos_ids=list(reply.eos_token_ids),
             )
+            self._any.set()
             self._models[description.model] = Model(
                 name=description.model,
                 tokenizer=tokenizer,
@@ -78,6 +81,11 @@ class Catalog:
         self._models[description.model] = replace(
             model, max_context_tokens=description.max_context_tokens, kv_capacity_tokens=capacity
         )
+
+    async def wait(self, timeout_s: float) -> None:
+        """Until some model is known, or that long."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._any.wait(), timeout_s)
 
     def models(self) -> list[Model]:
         return list(self._models.values())

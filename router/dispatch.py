@@ -67,6 +67,8 @@ class Dispatcher:
         self._trails = Trails()
         self._placer = Placer(config, roster)
         self.arrivals = 0
+        self.idle = asyncio.Event()  # nothing runs
+        self.idle.set()
         self.routable = False  # a pair has been there at least once
         metrics.held.set_function(lambda: len(self._held))
         metrics.running.set_function(lambda: len(self._entries))
@@ -87,6 +89,7 @@ class Dispatcher:
         flight = Flight(order, self._limits, waiting_since=now)
         entry = _Entry(flight, sink, choice, now)
         self._entries[order.request_id] = entry
+        self.idle.clear()
         self.arrivals += 1
         self._metrics.arrivals.inc()
         self._metrics.prompt_tokens.inc(len(order.prompt_ids))
@@ -252,6 +255,8 @@ class Dispatcher:
         request_id = flight.order.request_id
         self._unhold(entry)
         del self._entries[request_id]
+        if not self._entries:
+            self.idle.set()
         if entry.timer is not None:
             entry.timer.cancel()
         self._metrics.finished.labels(end.error.code if end.error else end.reason).inc()

@@ -1,0 +1,5 @@
+"""`python -m lanewise.router`."""
+
+from lanewise.router.main import main
+
+main()

@@ -1,0 +1,189 @@
+"""The router process: configuration, both servers, sessions with the workers, drain.
+
+Owns: putting the parts together, start and stop order. Must not: hold logic of its own, or import torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+import uvloop
+from aiohttp import web
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from lanewise.config import RouterConfig, parse_config
+from lanewise.errors import ConfigError
+from lanewise.router.auth import ApiKeys
+from lanewise.router.catalog import Catalog
+from lanewise.router.discovery import StaticDiscovery
+from lanewise.router.dispatch import Dispatcher
+from lanewise.router.generation import Front
+from lanewise.router.grpc_server import FleetService, InferenceService
+from lanewise.router.http_server import HttpServer
+from lanewise.router.metrics import RouterMetrics
+from lanewise.router.roster import Roster
+from lanewise.router.session import Timing
+from lanewise.rpc import lanewise_pb2 as pb
+from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
+from lanewise.rpc.process import die
+from lanewise.telemetry import setup_logging
+
+FLUSH_S = 5.0  # after the last request has ended: for its last bytes to leave
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+log = structlog.get_logger(__name__)
+
+
+def main() -> None:
+    try:
+        config = parse_config(RouterConfig)
+        setup_logging("router", config.name, log_format=config.log_format, log_level=config.log_level)
+        uvloop.run(_serve(config))
+    except ConfigError as error:
+        die(error)
+
+
+async def _serve(config: RouterConfig) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    router = Router(config)
+    await router.start()
+    try:
+        await router.run_until(stop)
+        await router.drain()
+    finally:
+        await router.stop()
+    log.info("stopped")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        host, _, port = text.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ConfigError(f"{text!r} is not host:port")
+        return cls(host.strip("[]"), int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Router:
+    """One router, startable in any event loop (a test runs several in one process)."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._config = config
+        self.incarnation = str(uuid.uuid4())
+        self._keys = ApiKeys(config.api_keys_file)
+        self.catalog = Catalog(created=int(time.time()))
+        self.metrics = RouterMetrics()
+        self.roster = Roster(self.incarnation, Timing(config.ping_interval_s, config.ping_misses), self.catalog)
+        self.dispatcher = Dispatcher(config, self.roster, self.metrics, self._routable)
+        self.roster.listen(self.dispatcher)
+        self.metrics.watch_fleet(self.roster.sessions)
+        self.front = Front(config, self.catalog, self.dispatcher)
+        self._health = health.aio.HealthServicer()
+        self._health_task: asyncio.Task[None] | None = None
+        self._sessions: asyncio.Task[None] | None = None
+        self.http = Address.parse(config.http)
+        self.grpc = Address.parse(config.grpc)
+
+    async def start(self) -> None:
+        """Both servers listen, whether there are workers or not."""
+        config = self._config
+        server = HttpServer(config, self.front, self.catalog, self.dispatcher, self.metrics, self._keys)
+        self._runner = web.AppRunner(
+            server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=FLUSH_S, keepalive_timeout=75
+        )
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self.http.host, self.http.port, backlog=1024)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {self.http}: {error}") from error
+        self.http = Address(self.http.host, self._runner.addresses[0][1])
+        await self._start_grpc()
+        self._sessions = asyncio.create_task(self.roster.run(StaticDiscovery(config.workers)))
+        log.info(
+            "ready",
+            http=f"http://{self.http}",
+            grpc=str(self.grpc),
+            workers=list(config.workers),
+            incarnation=self.incarnation,
+            pid=os.getpid(),
+        )
+
+    async def _start_grpc(self) -> None:
+        limit = self._config.max_body_bytes
+        options = [("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0)]
+        self._server = grpc.aio.server(options=options)
+        inference = InferenceService(self.front, self.catalog, self.dispatcher, self._keys)
+        fleet = FleetService(self.incarnation, self.roster, self.dispatcher)
+        # grpcio's generated registration functions carry no types.
+        pb_grpc.add_InferenceServicer_to_server(inference, self._server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_FleetServicer_to_server(fleet, self._server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        services = pb.DESCRIPTOR.services_by_name
+        names = [services["Inference"].full_name, services["Fleet"].full_name]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        try:
+            port = self._server.add_insecure_port(str(self.grpc))
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {self.grpc}: {error}") from error
+        self.grpc = Address(self.grpc.host, port)
+        await self._set_health(NOT_SERVING)
+        await self._server.start()
+
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Serve until told to stop. A failure of the sessions' owner is a defect and ends the process."""
+        assert self._sessions is not None  # start() comes first
+        waiter = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({waiter, self._sessions}, return_when=asyncio.FIRST_COMPLETED)
+            if self._sessions.done():
+                self._sessions.result()
+        finally:
+            waiter.cancel()
+
+    async def drain(self) -> None:
+        """Refuse what is new, finish what runs."""
+        self.front.draining = True
+        await self._set_health(NOT_SERVING)
+        log.info("draining", running=self.dispatcher.num_running, max_s=self._config.drain_max_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.dispatcher.idle.wait(), self._config.drain_max_s)
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+        await self._server.stop(grace=FLUSH_S if self.front.draining else 0)
+        for task in (self._sessions, self._health_task):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    def _routable(self) -> None:
+        models = [model.name for model in self.catalog.models()]
+        log.info("routable", models=models, workers=[session.address for session in self.roster.sessions()])
+        self._health_task = asyncio.get_running_loop().create_task(self._set_health(SERVING))
+
+    async def _set_health(self, status: Any) -> None:
+        for name in ("", "lanewise.v1.Inference"):
+            await self._health.set(name, status)
