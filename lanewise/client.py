@@ -26,6 +26,7 @@ from lanewise.client_wire import (
     Finished,
     ModelInfo,
     Options,
+    Outcome,
     Prompt,
     TokenLogprob,
     Usage,
@@ -90,18 +91,15 @@ class Client:
         """Events of one request. A choice that ended in an error is yielded first and raised after the last event."""
         timeout_s = options.pop("timeout_s", None)
         call = self._stub.Generate(make_request(prompt, options), timeout=timeout_s, metadata=self._metadata)
-        failure: LanewiseError | None = None
+        outcome = Outcome()
         try:
             for message in call:
-                event = to_event(message)
-                failure = failure or (event.error if isinstance(event, Finished) else None)
-                yield event
+                yield outcome.note(to_event(message))
         except grpc.RpcError as error:
             raise to_error(error, self.address) from error
         finally:
             call.cancel()
-        if failure is not None:
-            raise failure
+        outcome.check()
 
     def generate_text(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
         """The text of the first choice, in pieces as they come."""
@@ -153,18 +151,15 @@ class AsyncClient:
         """As `Client.generate`. Wrap it in `contextlib.aclosing` where the loop may be left early."""
         timeout_s = options.pop("timeout_s", None)
         call = self._stub.Generate(make_request(prompt, options), timeout=timeout_s, metadata=self._metadata)
-        failure: LanewiseError | None = None
+        outcome = Outcome()
         try:
             async for message in call:
-                event = to_event(message)
-                failure = failure or (event.error if isinstance(event, Finished) else None)
-                yield event
+                yield outcome.note(to_event(message))
         except grpc.RpcError as error:
             raise to_error(error, self.address) from error
         finally:
             call.cancel()
-        if failure is not None:
-            raise failure
+        outcome.check()
 
     async def generate_text(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncIterator[str]:
         async for event in self.generate(prompt, **options):

@@ -102,6 +102,27 @@ class ExplainStep:
     detail: str
 
 
+class Outcome:
+    """How a stream ended: the first choice that failed, or that no choice ever finished."""
+
+    def __init__(self) -> None:
+        self._error: LanewiseError | None = None
+        self._finished = False
+
+    def note(self, event: Event) -> Event:
+        if isinstance(event, Finished):
+            self._finished = True
+            self._error = self._error or event.error
+        return event
+
+    def check(self) -> None:
+        """Called at the end of the stream; an answer that just stops is never taken for a whole one."""
+        if self._error is not None:
+            raise self._error
+        if not self._finished:
+            raise LanewiseError(ErrorCode.INTERNAL, "the stream ended before the answer was finished")
+
+
 def parse_address(address: str) -> tuple[str, bool]:
     """(host:port, TLS) of `host:port`, `grpc://host:port` or `grpcs://host:port`."""
     scheme, mark, rest = address.rpartition("://")
@@ -116,6 +137,8 @@ def parse_address(address: str) -> tuple[str, bool]:
 def make_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     request = pb.GenerateRequest()
     values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if not isinstance(prompt, str) and len(prompt) == 0:
+        raise invalid("the prompt is empty", "prompt")
     try:
         if isinstance(prompt, str):
             request.text = prompt
@@ -134,8 +157,6 @@ def make_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
         request.sampling.CopyFrom(pb.SamplingOptions(**values))
     except (TypeError, ValueError) as error:
         raise invalid(f"bad request: {error}") from error
-    if request.WhichOneof("prompt") is None:
-        raise invalid("the prompt is empty", "prompt")
     return request
 
 
