@@ -52,7 +52,7 @@ async def _serve(config: WorkerConfig) -> None:
         Role.DECODE,
         engine,
         incarnation=incarnation,
-        kv_address=receiver.start(),
+        kv_address=_reachable(receiver.start(), config),
         kv_capacity_tokens=capacity,
     )
 
@@ -66,3 +66,10 @@ async def _serve(config: WorkerConfig) -> None:
         return loop
 
     await serve_worker(config, facts, build)
+
+
+def _reachable(bound: str, config: WorkerConfig) -> str:
+    """The bound endpoint as partners should write it: the port that was found, the host that was asked for."""
+    port = bound.rpartition(":")[2]
+    host = config.advertise_host or config.kv_listen.rpartition("://")[2].rpartition(":")[0]
+    return f"tcp://{host}:{port}"

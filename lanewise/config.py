@@ -52,6 +52,9 @@ class WorkerConfig(_ProcessConfig):
 
     listen: str = Field("127.0.0.1:0", description="gRPC address; port 0 picks a free one and prints it")
     kv_listen: str = Field("tcp://127.0.0.1:0", description="ZeroMQ endpoint of the KV channel (decode workers)")
+    advertise_host: str = Field(
+        "", description="host under which others reach this worker; default: the one it listens on"
+    )
     model: str = Field("builtin://fable", description="builtin://fable, file:///dir, a directory, or hf://owner/name")
     revision: str = Field("main", description="revision of an hf:// model")
     served_name: str = Field("", description="name clients use; default: the last part of the model")
