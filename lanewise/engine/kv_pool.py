@@ -7,6 +7,7 @@ the engine's may call, and only for pages that the engine thread has lent to a t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -31,8 +32,7 @@ class KVPool(PageTable):
         self.device = device
         shape = (2, num_pages, page_tokens, layout.num_kv_heads, layout.head_dim)
         dtype: torch.dtype = getattr(torch, layout.dtype)
-        # torch.empty: on a CPU the system backs a page of KV only once it is written.
-        self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layout.num_layers)]
+        self.layers = [_zeros(shape, dtype, device) for _ in range(layout.num_layers)]
         row_bytes = layout.num_kv_heads * layout.head_dim * layout.dtype_bytes
         self._raw = [layer.view(2, num_pages * page_tokens, -1).view(torch.uint8) for layer in self.layers]
         self._rows: list[Bytes] = [raw.numpy() for raw in self._raw] if device.type == "cpu" else []
@@ -82,6 +82,13 @@ class KVPool(PageTable):
             stop = min(token, tokens.stop)
             runs.append((first_page * self.page_tokens + offset, start - tokens.start, stop - start))
         return runs
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, since a NaN left in a masked slot would spread. On a CPU from calloc: memory is used as KV is written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def layout_of(config: ModelConfig, dtype: torch.dtype) -> KVLayout:

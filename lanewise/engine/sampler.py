@@ -55,7 +55,7 @@ def _choose(logits: torch.Tensor, seqs: Seq[Sequence]) -> list[int]:
     for index in changed:
         _adjust(logits[index], seqs[index])
     for index in drawn:
-        _filter(logits[index].div_(seqs[index].sampling.temperature), seqs[index].sampling)
+        filter_logits(logits[index].div_(seqs[index].sampling.temperature), seqs[index].sampling)
     if drawn:
         seeds = [seqs[index].sampling.seed for index in drawn]
         positions = [len(seqs[index].ids) for index in drawn]
@@ -104,7 +104,7 @@ def _index(row: torch.Tensor, ids: list[int]) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.int64, device=row.device)
 
 
-def _filter(row: torch.Tensor, sampling: Sampling) -> None:
+def filter_logits(row: torch.Tensor, sampling: Sampling) -> None:
     """top_k, top_p and min_p on scaled logits [vocab], in place."""
     if 0 < sampling.top_k < len(row):
         row.masked_fill_(row < row.topk(sampling.top_k).values[-1], -math.inf)

@@ -1,0 +1,61 @@
+"""Greedy output in fp32 equals that of `transformers` with the same weights, token for token, on every path."""
+
+from __future__ import annotations
+
+from lanewise.engine.runner import Work
+from lanewise.request import Sampling
+
+GREEDY = Sampling(max_tokens=64, temperature=0.0)
+
+
+def test_alone_and_whole_prompts(oracle, engine, driver):
+    drive = driver(chunk_tokens=1000, concurrency=1, key=b"a")
+    assert drive.run(engine, drive.open(oracle.prompts, GREEDY)) == oracle.outputs
+
+
+def test_sixteen_at_once_in_odd_chunks(oracle, engine, driver):
+    drive = driver(chunk_tokens=37, concurrency=16, key=b"b")
+    assert drive.run(engine, drive.open(oracle.prompts, GREEDY)) == oracle.outputs
+
+
+def test_from_the_prefix_cache(oracle, engine, driver):
+    drive = driver(key=b"c")
+    first, second = drive.open(oracle.prompts, GREEDY), drive.open(oracle.prompts, GREEDY)
+    drive.run(engine, first)
+    cached = [engine.pool.attach(seq, drive.key) for seq in second]
+    assert cached == [(len(prompt) - 1) // 64 * 64 for prompt in oracle.prompts]
+    assert drive.run(engine, second) == oracle.outputs
+
+
+def test_prefilled_here_and_decoded_there(oracle, engine, load, driver):
+    """The engine's part of a transfer: KV read from one pool, written into one of another page size, layer by layer."""
+    other = load(oracle.directory, page_tokens=32)
+    assert other.fingerprint == engine.fingerprint
+    drive = driver(chunk_tokens=64, key=b"d")
+    here, there = drive.open(oracle.prompts, GREEDY), drive.open(oracle.prompts, GREEDY)
+    for seq, received in zip(here, there, strict=True):
+        while seq.num_output == 0:
+            drive.step(engine, [seq])
+        assert other.pool.ensure(received, received.num_prompt)
+        for layer in range(engine.pool.layout.num_layers):
+            data = engine.pool.read(seq.pages, range(seq.num_prompt), range(layer, layer + 1))
+            other.pool.write(received.pages, range(seq.num_prompt), range(layer, layer + 1), memoryview(data))
+        received.num_computed = received.num_prompt
+        received.ids.append(seq.ids[-1])
+        engine.pool.release(seq)
+    assert drive.run(other, there) == oracle.outputs
+
+
+def test_layers_are_reported_once_their_kv_is_there(oracle, engine, driver):
+    seq, *_ = driver().open([oracle.prompts[-1]], GREEDY)
+    assert engine.pool.ensure(seq, seq.num_prompt)
+    rows = range(seq.num_prompt)
+    seen = {}
+
+    def on_layers(low: int, high: int) -> None:
+        seen[low, high] = engine.pool.read(seq.pages, rows, range(low, high)).tobytes()
+
+    engine.step([Work(seq, seq.num_prompt)], on_layers)
+    assert list(seen) == [(0, 1), (1, 2), (2, 3)]
+    assert seen == {(low, high): engine.pool.read(seq.pages, rows, range(low, high)).tobytes() for low, high in seen}
+    engine.pool.release(seq)
