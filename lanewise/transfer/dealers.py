@@ -29,6 +29,7 @@ class Connection:
 def open_connection(
     context: zmq.Context[zmq.Socket[bytes]], address: str, incarnation: str, limits: Limits
 ) -> Connection:
+    """Raises ZMQError where the address cannot be an address."""
     control = make_dealer(context, address, f"{incarnation}/c", limits, data=False)
     names = (f"{incarnation}/d{index}" for index in range(limits.stripes))
     return Connection(address, control, [make_dealer(context, address, name, limits, data=True) for name in names])
@@ -47,7 +48,11 @@ def make_dealer(
     sock.setsockopt(zmq.CONNECT_TIMEOUT, 2000)
     sock.setsockopt(zmq.RECONNECT_IVL, 50)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-    sock.connect(address)
+    try:
+        sock.connect(address)
+    except zmq.ZMQError:
+        sock.close()
+        raise
     return sock
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import msgspec
-
 from lanewise.transfer import messages as m
 from lanewise.transfer.credit import CreditPool
 from lanewise.transfer.known_senders import KnownSenders
@@ -138,8 +136,8 @@ class ReceiverCore:
         binding = Binding(begin.tokens, begin.chain, begin.prompt)
         if begin.src not in self._senders:
             return [Send(begin.src, m.Nack(*names, "HELLO first", True))]
-        if (answer := self._tombstones.answer(key)) is not None:
-            return [Send(begin.src, msgspec.structs.replace(answer, dst=begin.src))]
+        if (answer := self._tombstones.answer(key, begin.src)) is not None:
+            return [Send(begin.src, answer)]
         if self._tombstones.fences(key):
             return [Send(begin.src, m.Nack(*names, "stale epoch"))]
         if transfer is not None and transfer.peer:
@@ -168,7 +166,10 @@ class ReceiverCore:
     def _for_transfer(self, message: m.Chunk | m.Commit | m.Abort, payload_bytes: int, now: float) -> list[Action]:
         transfer = self._transfers.get(message.key)
         if transfer is None or transfer.peer != message.src:
-            return self._without_transfer(message)
+            self._counters.chunks_refused += isinstance(message, m.Chunk)
+            if message.key in self._draining:
+                return []  # answered once it has drained
+            return [Send(message.src, self._tombstones.late(message, self._me))]
         transfer.lease_at = now + self._timers.lease_s
         self._dirty.add(message.key)
         match message:
@@ -177,22 +178,8 @@ class ReceiverCore:
             case m.Commit():
                 return self._guard(transfer, lambda: transfer.commit(message), now)
             case m.Abort():
-                answer = m.AbortAck(*self._names(transfer), True)
-                return self._abort(transfer, f"prefill worker: {message.reason}", now, answer)
-
-    def _without_transfer(self, message: m.Chunk | m.Commit | m.Abort) -> list[Action]:
-        names = (self._me, message.src, *message.key)
-        answer = self._tombstones.answer(message.key)
-        if isinstance(message, m.Chunk):
-            self._counters.chunks_refused += 1
-        if message.key in self._draining:
-            return []  # answered once it has drained
-        if isinstance(answer, m.CommitAck):
-            # Also to ABORT: a commit is final, and nobody may believe otherwise. A late CHUNK needs no answer.
-            return [] if isinstance(message, m.Chunk) else [Send(message.src, answer)]
-        if isinstance(message, m.Abort):
-            return [Send(message.src, m.AbortAck(*names, True))]
-        return [Send(message.src, m.Abort(*names, getattr(answer, "reason", "no such transfer")))]
+                drained = m.AbortAck(*self._names(transfer), True)
+                return self._abort(transfer, f"prefill worker: {message.reason}", now, drained)
 
     def wrote(self, key: Key, seq: int, good: bool, now: float) -> list[Action]:
         if key in self._draining:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from lanewise.transfer import messages as m
 from lanewise.transfer.records import Key
 
@@ -17,9 +19,22 @@ class Tombstones:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def answer(self, key: Key) -> m.FromReceiver | None:
+    def answer(self, key: Key, to: str = "") -> m.FromReceiver | None:
+        """What was said last, now to `to` (a transfer that ended before BEGIN had nobody to be told)."""
         found = self._answers.get(key)
-        return found[1] if found else None
+        return msgspec.structs.replace(found[1], dst=to) if found else None
+
+    def late(self, message: m.Chunk | m.Commit | m.Abort, me: str) -> m.FromReceiver:
+        """The answer to a message of a transfer that has ended or never was."""
+        names = (me, message.src, *message.key)
+        answer = self.answer(message.key, message.src)
+        if isinstance(answer, m.CommitAck):
+            # Also to ABORT: a commit is final, and nobody may believe otherwise. Also to a CHUNK: the sender may have
+            # lost both our last ACK and COMMIT_ACK, and then it resends chunks, not COMMIT.
+            return answer
+        if isinstance(message, m.Abort):
+            return m.AbortAck(*names, True)
+        return m.Abort(*names, getattr(answer, "reason", "no such transfer"))
 
     def bury(self, key: Key, answer: m.FromReceiver, now: float) -> None:
         self._answers.pop(key, None)

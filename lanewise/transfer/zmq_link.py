@@ -183,7 +183,8 @@ class SocketThread(ABC):
         while self._commands:
             self._guarded(self._commands.popleft(), time.monotonic())
         while self._delayed and self._delayed[0][0] <= time.monotonic():
-            self._guarded(heapq.heappop(self._delayed)[2])
+            with contextlib.suppress(zmq.ZMQError):  # its socket may be closed by now
+                heapq.heappop(self._delayed)[2]()
         self._guarded(self.on_turn, time.monotonic())
 
     def _drain_wake(self) -> None:
