@@ -143,12 +143,12 @@ class ReceiverTransfer:
         if self.state is not ReceiverState.VERIFYING:
             return []
         self.ack_due = True  # tells the sender what is missing
-        if self._commit is not None:
-            return []
         bound = self.expected
         assert bound is not None
         if (commit.tokens, commit.prompt) != (bound.tokens, bound.prompt):
             raise Contradiction("COMMIT of another prompt")
+        if self._commit is not None:
+            return []  # the first one stands
         self._commit = commit
         return [*actions, *self._verify()]
 
