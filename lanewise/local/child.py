@@ -20,7 +20,8 @@ from typing import Any, Literal
 from lanewise.local.plan import ProcessPlan
 
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-HEALTHY_AFTER_S = 10.0
+HEALTHY_AFTER_S = float(os.environ.get("LANEWISE_HEALTHY_AFTER_S", "10"))
+"""A process that was ready for this long starts its next back-off at 0; campaigns that kill in turn shorten it."""
 MAX_FIRST_STARTS = 5  # a process that never became ready is not tried for ever
 CONFIG_STATUS = 2
 MAX_LINE_BYTES = 1 << 20

@@ -59,7 +59,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, P
     directory = tmp_path_factory.mktemp("kill")
     spec = directory / "faults"
     spec.write_text("")
-    env = {"LANEWISE_FAULTS": "1", "LANEWISE_FAULTS_SPEC": f"@{spec}"}
+    env = {"LANEWISE_FAULTS": "1", "LANEWISE_FAULTS_SPEC": f"@{spec}", "LANEWISE_HEALTHY_AFTER_S": "0"}
     with running(directory / "state", env=env) as service:
         yield service, spec
 
