@@ -109,8 +109,10 @@ class PageTable:
             unit = self.units.get(digest)
             if unit is None:
                 unit = self._add_unit(lease, index)
-            else:
+            elif unit.holders:
                 unit.shadows.add(seq.key)
+            else:
+                self._replace_pages(unit, lease, index)
             self._hold(unit, seq.key)
         lease.num_sealed = num_full
 
@@ -230,8 +232,12 @@ class PageTable:
         """The last user of the unit's own pages has gone: a shadow's copy takes their place."""
         heir = self.leases[min(unit.shadows)]
         unit.shadows.discard(heir.seq.key)
+        self._replace_pages(unit, heir, heir.digests.index(unit.digest))
+
+    def _replace_pages(self, unit: Unit, lease: Lease, index: int) -> None:
+        """The unit's own pages, which nobody uses, become free; the lease's copy of unit `index` is cached instead."""
         self.free.extend(reversed(unit.pages))
-        unit.pages = heir.seq.pages[self._unit_slice(heir.digests.index(unit.digest))]
+        unit.pages = lease.seq.pages[self._unit_slice(index)]
 
     def _offer(self, unit: Unit) -> None:
         """Makes the unit evictable if it is an unreferenced leaf."""

@@ -77,6 +77,7 @@ def build_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
         with quiet():
             import transformers
 
+            transformers.utils.logging.disable_progress_bar()
             config = getattr(transformers, name)(**{**COMMON, **fields, **changes})
             torch.manual_seed(0)
             model = transformers.AutoModelForCausalLM.from_config(config).eval()

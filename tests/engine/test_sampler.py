@@ -50,10 +50,9 @@ def test_filters_keep_what_the_definitions_keep(logits, top_k, top_p, min_p):
     sampling = Sampling(max_tokens=1, top_k=top_k, top_p=top_p, min_p=min_p)
     assume(min_p < 1.0 or len(set(logits)) == len(logits))
     row = torch.tensor(logits)
-    if min_p < 1.0:
-        expected = naive_kept(logits, sampling)
-    else:
-        expected = {max(range(len(logits)), key=logits.__getitem__)}
+    # At 1.0 the naive ratios lie on the border: only the best entry stays.
+    best = {max(range(len(logits)), key=logits.__getitem__)}
+    expected = naive_kept(logits, sampling) if min_p < 1.0 else best
     filter_logits(row, sampling)
     assert {i for i, value in enumerate(row.tolist()) if value > -math.inf} == expected
     assert all(row[i] == logits[i] for i in expected)
