@@ -39,7 +39,7 @@ def make_dealer(
     context: zmq.Context[zmq.Socket[bytes]], address: str, name: str, limits: Limits, *, data: bool
 ) -> zmq.Socket[bytes]:
     sock = context.socket(zmq.DEALER)
-    common_options(sock)
+    common_options(sock, address)
     sock.setsockopt(zmq.ROUTING_ID, name.encode())
     sock.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a connection that does not exist
     sock.setsockopt(zmq.SNDHWM, limits.data_hwm if data else limits.control_hwm)

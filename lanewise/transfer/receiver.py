@@ -107,14 +107,16 @@ class _ReceiverThread(SocketThread):
         self._store = store
         self._on_event = on_event
         self._stuck: dict[str, deque[Frames]] = {}  # control messages a sender's connection had no room for
-        self._router = make_router(self.context, limits)
 
     def bind(self, listen: str) -> str:
         if self.faults.active and not is_loopback(listen):
+            self.release()
             raise ConfigError(f"faults are on, and {listen} is not loopback")
+        self._router = make_router(self.context, listen, self.limits)
         try:
             self._router.bind(listen)
         except zmq.ZMQError as error:
+            self.release()
             raise ConfigError(f"cannot listen on {listen!r}: {error}") from None
         self.poller.register(self._router, zmq.POLLIN)
         return bytes(self._router.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
@@ -131,7 +133,7 @@ class _ReceiverThread(SocketThread):
         self.perform(self.core.abort_all("the decode worker is closing", now))
 
     def may_stop(self) -> bool:
-        return self.core.live == 0
+        return self.core.idle
 
     def next_deadline(self, now: float) -> float:
         return min(self.core.deadline, now + _RETRY_S) if self._stuck else self.core.deadline

@@ -30,11 +30,11 @@ NOBLOCK = zmq.NOBLOCK
 _MAX_POLL_S = 1.0
 
 
-def common_options(sock: zmq.Socket[bytes]) -> None:
-    """What every socket of the channel has: nothing lingers, dead connections are noticed, names may be IPv6."""
+def common_options(sock: zmq.Socket[bytes], address: str) -> None:
+    """What every socket of the channel has: nothing lingers, dead connections are noticed."""
     for option, value in (
         (zmq.LINGER, 0),
-        (zmq.IPV6, 1),
+        (zmq.IPV6, int("[" in address)),  # else an IPv4 endpoint is reported as a mapped IPv6 one
         (zmq.HEARTBEAT_IVL, 2000),
         (zmq.HEARTBEAT_TIMEOUT, 6000),
         (zmq.HEARTBEAT_TTL, 6000),
@@ -47,9 +47,9 @@ def common_options(sock: zmq.Socket[bytes]) -> None:
         sock.setsockopt(option, value)
 
 
-def make_router(context: zmq.Context[zmq.Socket[bytes]], limits: Limits) -> zmq.Socket[bytes]:
+def make_router(context: zmq.Context[zmq.Socket[bytes]], address: str, limits: Limits) -> zmq.Socket[bytes]:
     sock = context.socket(zmq.ROUTER)
-    common_options(sock)
+    common_options(sock, address)
     sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else messages to unknown peers vanish silently
     sock.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a reconnecting sender takes its name over from its old connection
     sock.setsockopt(zmq.SNDHWM, limits.control_hwm)
@@ -94,8 +94,8 @@ class SocketThread(ABC):
 
     def join(self, timeout: float) -> None:
         """Ends every transfer, tells the partners, and stops; waits `timeout` for them to answer."""
-        if self._thread.ident is None:
-            self._release()
+        if self._thread.ident is None or self._ended:
+            self.release()
             return
 
         def begin_close(now: float) -> None:
@@ -160,7 +160,7 @@ class SocketThread(ABC):
             self._ended = True
             while self._commands:  # they came too late, and each still gets its event
                 self._guarded(self._commands.popleft(), time.monotonic())
-            self._release()
+            self.release()
 
     def _finished(self, now: float) -> bool:
         return self._closing_until is not None and (now >= self._closing_until or self.may_stop())
@@ -202,7 +202,8 @@ class SocketThread(ABC):
             log.exception("defect in the KV channel; the thread goes on")
             time.sleep(0.01)  # a defect that repeats must not take a core
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Closes what the thread owns; harmless when done before."""
         self.close_sockets()
         self._wake_in.close()
         self._wake_out.close()

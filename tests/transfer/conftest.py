@@ -175,10 +175,10 @@ class Net:
         self,
         identity: Endpoint | None = None,
         faults: Faults | None = None,
-        timers: Timers = FAST,
+        timers: Timers | None = None,
         limits: Limits | None = None,
     ) -> Prefill:
-        side = Prefill(identity or endpoint(), faults, timers, limits or Limits(chunk_bytes=4096))
+        side = Prefill(identity or endpoint(), faults, timers or Timers(), limits or Limits(chunk_bytes=4096))
         self.sides.append(side.sender)
         return side
 
@@ -186,11 +186,11 @@ class Net:
         self,
         identity: Endpoint | None = None,
         faults: Faults | None = None,
-        timers: Timers = FAST,
+        timers: Timers | None = None,
         limits: Limits | None = None,
         listen: str = "tcp://127.0.0.1:0",
     ) -> Decode:
-        side = Decode(identity or endpoint(), faults, timers, limits or Limits(), listen)
+        side = Decode(identity or endpoint(), faults, timers or Timers(), limits or Limits(), listen)
         self.sides.append(side.receiver)
         return side
 

@@ -197,9 +197,9 @@ def receiver_in(state: ReceiverState) -> tuple[ReceiverCore, Any]:
     begin = m.Begin(*NAMES_TO_D, 70, BOUND.chain, BOUND.prompt, 1)
     if state is R.HELD:
         core.receive(begin, 0, 0.0)
-        return core, core._transfers[KEY]
+        return core, core.table.live[KEY]
     core.expect(KEY, BOUND, 0.0)
-    transfer = core._transfers[KEY]
+    transfer = core.table.live[KEY]
     if state is R.EXPECTED:
         return core, transfer
     core.receive(begin, 0, 0.0)
@@ -300,7 +300,7 @@ def test_drained_waits_for_the_copy_under_way():
     drained = [action.event.key for action in core.wrote(KEY, 0, True, 0.1) if isinstance(action, Emit)]
     assert drained == [KEY, KEY]  # one for each call of cancel
     assert transfer.state is R.FREED
-    assert core.credit.outstanding_bytes == 0
+    assert core.table.credit.outstanding_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_sender_beyond_its_credit_is_stopped():
     core.receive(m.Begin(*NAMES_TO_D, 70, BOUND.chain, BOUND.prompt, 1), 0, 0.0)
     grant = core.grant(KEY, ["p"], 0, 0.0)[-1].message
     assert grant.credit == 512
-    transfer = core._transfers[KEY]
+    transfer = core.table.live[KEY]
     core.receive(chunk_message(), WHOLE.nbytes(LAYOUT), 0.0)
     assert transfer.state is R.FREED
 

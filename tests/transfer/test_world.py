@@ -203,8 +203,8 @@ class World:
                         assert self.pool[event.key, layer, token] == (("kv", event.key), layer, token)
         assert self.sender.idle
         assert self.receiver.live == 0
-        assert self.receiver.credit.outstanding_bytes == 0
-        assert not self.receiver._draining
+        assert self.receiver.table.credit.outstanding_bytes == 0
+        assert not self.receiver.table.draining
 
 
 def settle(world: World, tokens: dict[Any, int]) -> None:
@@ -353,10 +353,10 @@ def test_tombstones_are_forgotten_after_their_time():
     world = World(8)
     world.submit(("a", 1), 10)
     world.run(1.0)
-    assert len(world.receiver._tombstones) == 1
+    assert len(world.receiver.table.tombstones) == 1
     world.run(125.0)
-    assert len(world.receiver._tombstones) == 0
-    assert not world.receiver._tombstones.fences(("a", 0))
+    assert len(world.receiver.table.tombstones) == 0
+    assert not world.receiver.table.tombstones.fences(("a", 0))
 
 
 @settings(max_examples=30, deadline=None)
@@ -370,6 +370,6 @@ def test_bytes_on_their_way_never_exceed_the_credit(seed, budget):
     while world.now < 60 and not all(world.ends(key) for key in tokens):
         world.run(world.now + 0.05)
         # one chunk for each transfer may go beyond the budget, see credit.py
-        assert 0 <= world.receiver.credit.outstanding_bytes <= budget + 5 * 1024
+        assert 0 <= world.receiver.table.credit.outstanding_bytes <= budget + 5 * 1024
     settle(world, tokens)
     assert "credit" not in str([e for e in world.receiver_events if isinstance(e, Aborted)])
