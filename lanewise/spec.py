@@ -81,9 +81,7 @@ class ApiKeysRef(Model):
 
 
 class Runtime(Model):
-    version: str | None = Field(
-        default=None, max_length=128, description="pins image and rendering; omitted: as created"
-    )
+    version: str | None = Field(default=None, max_length=128, description="pins image and rendering of the pods")
 
 
 class Cache(Model):

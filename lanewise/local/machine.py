@@ -55,6 +55,14 @@ def _gpus(devices: Path = Path("/dev")) -> tuple[str, ...]:
     return tuple(sorted((name for name in numbers if name.isdigit()), key=int))
 
 
+def rss_bytes(pid: int) -> int:
+    """Memory that a process holds right now; 0 where nobody can tell."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def split_address(address: str) -> tuple[str, int]:
     """`host:port` or `[v6]:port`."""
     host, colon, port = address.rpartition(":")

@@ -17,7 +17,7 @@ from typing import Any
 from lanewise.local import state as records
 from lanewise.local.child import Child, ChildFailed, Stream
 from lanewise.local.logs import Log, size
-from lanewise.local.machine import reachable, split_address
+from lanewise.local.machine import reachable, rss_bytes, split_address
 from lanewise.local.plan import ServicePlan
 
 STOP_S = 15.0
@@ -167,7 +167,7 @@ def _process_state(child: Child) -> records.ProcessState:
         start_time=records.start_time(child.pid) if child.pid else 0,
         incarnation=str(child.ready.get("incarnation", "")),
         device=str(child.ready.get("device", "")),
-        memory_bytes=int(child.ready.get("memory_bytes") or 0),
+        memory_bytes=int(child.ready.get("memory_bytes") or 0) or rss_bytes(child.pid),
         restarts=child.restarts,
         state=child.state,
     )
@@ -177,11 +177,20 @@ def ready_line(child: Child, width: int) -> str:
     """One line per process: what it is, where it computes and how much memory it took."""
     parts = [f"ready  {child.plan.name:<{width}}"]
     if child.plan.role == "router":
-        parts += [f"http {child.ready.get('http', '')}", f"grpc {child.ready.get('grpc', child.plan.address)}"]
+        parts += [
+            "cpu",
+            size(rss_bytes(child.pid)),
+            f"http {_bare(child.ready.get('http', ''))}",
+            f"grpc {child.plan.address}",
+        ]
     else:
         parts += [str(child.ready.get("device", "?")), size(int(child.ready.get("memory_bytes") or 0))]
         parts += [str(child.ready.get("address", child.plan.address))]
     return "  ".join((*parts, f"pid {child.pid}"))
+
+
+def _bare(address: object) -> str:
+    return str(address).rpartition("//")[2]
 
 
 def welcome(plan: ServicePlan, seconds: float) -> list[str]:
