@@ -117,6 +117,12 @@ class Dispatcher:
             now = time.monotonic()
             self._settle(entry, entry.flight.stop(stop_string, now), now)
 
+    def end_all(self, error: LanewiseError) -> None:
+        """The process stops: nobody is left without an answer."""
+        now = time.monotonic()
+        for entry in list(self._entries.values()):
+            self._settle(entry, entry.flight.fail(error, now), now)
+
     def explain(self, request_id: str) -> Trail | None:
         if entry := self._entries.get(request_id):
             return Trail(entry.started_at, tuple(entry.flight.steps))

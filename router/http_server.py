@@ -1,18 +1,14 @@
 """The OpenAI HTTP API, health and metrics.
 
-Owns: reading requests, writing answers and streams, HTTP status and headers, the access log.
-Must not: know workers. Every error of a request is a LanewiseError and is mapped to HTTP here and nowhere else.
+Owns: the routes, reading requests, writing answers and streams. Must not: know workers, or map errors (http_calls.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import structlog
 from aiohttp import web
 
 from lanewise.config import RouterConfig
@@ -23,6 +19,7 @@ from lanewise.router.auth import ApiKeys
 from lanewise.router.catalog import Catalog, Model
 from lanewise.router.dispatch import Dispatcher
 from lanewise.router.generation import Ended, Event, Front, Generation
+from lanewise.router.http_calls import Call, Calls, headers_of, json_response
 from lanewise.router.metrics import RouterMetrics
 from lanewise.router.sampling import GenerationRequest
 
@@ -31,22 +28,6 @@ BODY_S = 60.0  # a body that has not arrived by then is given up
 # hold_timeout, and shorter than the 60 s after which proxies commonly give up on a silent server.
 FIRST_KEEP_ALIVE_S = 40.0
 KEEP_ALIVE_S = 15.0
-MAX_CLIENT_ID = 256
-
-log = structlog.get_logger(__name__)
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@dataclass(slots=True)
-class _Call:
-    """What the access log tells of one call."""
-
-    client_id: str
-    request_id: str = ""
-    stream: bool = False
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    error: ErrorCode | None = None
 
 
 class HttpServer:
@@ -65,17 +46,18 @@ class HttpServer:
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._keys = keys
+        self._calls = Calls(metrics)
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=self._config.max_body_bytes)
-        app.router.add_post("/v1/completions", self._logged(self._completions))
-        app.router.add_post("/v1/chat/completions", self._logged(self._chat))
-        app.router.add_get("/v1/models", self._logged(self._models))
-        app.router.add_get("/v1/models/{name:.+}", self._logged(self._model))
+        app.router.add_post("/v1/completions", self._calls.serve(self._completions))
+        app.router.add_post("/v1/chat/completions", self._calls.serve(self._chat))
+        app.router.add_get("/v1/models", self._calls.serve(self._models))
+        app.router.add_get("/v1/models/{name:.+}", self._calls.serve(self._model))
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._scrape)
-        app.router.add_route("*", "/{path:.*}", self._logged(self._nothing))
+        app.router.add_route("*", "/{path:.*}", self._calls.serve(self._nothing))
         return app
 
     @property
@@ -85,13 +67,13 @@ class HttpServer:
 
     # ------------------------------------------------------------ generation
 
-    async def _completions(self, request: web.Request, call: _Call) -> web.StreamResponse:
+    async def _completions(self, request: web.Request, call: Call) -> web.StreamResponse:
         salt = self._keys.check(request.headers.get("Authorization"))
         body = api.parse_completion(await self._body(request))
         wanted = self._with_headers(request, api.completion_request(body), salt)
         return await self._generate(request, call, wanted, body, chat=False, logprobs=body.logprobs is not None)
 
-    async def _chat(self, request: web.Request, call: _Call) -> web.StreamResponse:
+    async def _chat(self, request: web.Request, call: Call) -> web.StreamResponse:
         salt = self._keys.check(request.headers.get("Authorization"))
         body = api.parse_chat(await self._body(request))
         wanted = self._with_headers(request, api.chat_request(body), salt)
@@ -105,7 +87,7 @@ class HttpServer:
     async def _generate(
         self,
         request: web.Request,
-        call: _Call,
+        call: Call,
         wanted: GenerationRequest,
         body: api.CompletionBody | api.ChatBody,
         *,
@@ -128,12 +110,12 @@ class HttpServer:
                 for event in await generation.next():
                     _raise_error(event, call)
                     answer.collect(event)
-            return self._json_response(answer.whole(), call)
+            return json_response(answer.whole(), call)
         finally:
             generation.close()
 
     async def _stream(
-        self, request: web.Request, call: _Call, generation: Generation, answer: reply.Reply
+        self, request: web.Request, call: Call, generation: Generation, answer: reply.Reply
     ) -> web.StreamResponse:
         events: list[Event] = []
         patience_ends = time.monotonic() + FIRST_KEEP_ALIVE_S
@@ -142,7 +124,7 @@ class HttpServer:
         for event in events:
             if isinstance(event, Ended) and event.error is not None:
                 raise event.error
-        response = web.StreamResponse(headers=self._headers(call))
+        response = web.StreamResponse(headers=headers_of(call))
         response.content_type = "text/event-stream"
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
@@ -155,7 +137,6 @@ class HttpServer:
                     data += answer.chunk(event)
                 if generation.done:
                     data += answer.last()
-                    await response.write(data)
                     break
                 if data:
                     await response.write(data)
@@ -164,8 +145,14 @@ class HttpServer:
                     await response.write(reply.KEEP_ALIVE)
         except LanewiseError as error:  # the status is out: an error event, then the end, never a silent end
             call.error = error.code
-            await response.write(bytes(data) + b"data: " + reply.error_body(error) + b"\n\n")
-        await response.write_eof()
+            data += b"data: " + reply.error_body(error) + b"\n\n"
+        # While tokens wait, the outbox notices a client that takes nothing; nothing waits behind the last bytes.
+        try:
+            async with asyncio.timeout(self._config.client_stall_s):
+                await response.write(data)
+                await response.write_eof()
+        except TimeoutError:
+            _abort(request)
         return response
 
     def _with_headers(self, request: web.Request, wanted: GenerationRequest, salt: bytes) -> GenerationRequest:
@@ -193,20 +180,20 @@ class HttpServer:
 
     # ------------------------------------------------------------ the rest
 
-    async def _models(self, request: web.Request, call: _Call) -> web.StreamResponse:
+    async def _models(self, request: web.Request, call: Call) -> web.StreamResponse:
         self._keys.check(request.headers.get("Authorization"))
         body = {"object": "list", "data": [_model_card(model) for model in self._catalog.models()]}
-        return self._json_response(reply.encode(body), call)
+        return json_response(reply.encode(body), call)
 
-    async def _model(self, request: web.Request, call: _Call) -> web.StreamResponse:
+    async def _model(self, request: web.Request, call: Call) -> web.StreamResponse:
         self._keys.check(request.headers.get("Authorization"))
-        return self._json_response(reply.encode(_model_card(self._catalog.get(request.match_info["name"]))), call)
+        return json_response(reply.encode(_model_card(self._catalog.get(request.match_info["name"]))), call)
 
-    async def _nothing(self, request: web.Request, call: _Call) -> web.StreamResponse:
+    async def _nothing(self, request: web.Request, call: Call) -> web.StreamResponse:
         known = {resource.canonical for resource in request.app.router.resources()}
         status = 405 if request.path in known else 404
         error = invalid(f"{request.method} {request.path} is not part of this API")
-        return self._json_response(reply.error_body(error), call, status, reply.error_headers(error))
+        return json_response(reply.error_body(error), call, status, reply.error_headers(error))
 
     async def _healthz(self, request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -221,68 +208,8 @@ class HttpServer:
             body=self._metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         )
 
-    # ------------------------------------------------------------ around every call
 
-    def _logged(self, serve: Callable[[web.Request, _Call], Awaitable[web.StreamResponse]]) -> Handler:
-        async def handle(request: web.Request) -> web.StreamResponse:
-            started = time.monotonic()
-            call = _Call(client_id=request.headers.get("x-request-id", "")[:MAX_CLIENT_ID])
-            status = 499
-            try:
-                response = await self._answered(serve, request, call)
-                status = response.status
-                return response
-            except ConnectionError:  # the client has gone while it was written to
-                call.error = ErrorCode.CANCELLED
-                raise
-            finally:
-                self._metrics.http.labels(str(status)).inc()
-                log.info(
-                    "http",
-                    method=request.method,
-                    path=request.path,
-                    status=status,
-                    duration_ms=round((time.monotonic() - started) * 1000, 2),
-                    request_id=call.request_id,
-                    client_request_id=call.client_id,
-                    stream=call.stream,
-                    prompt_tokens=call.prompt_tokens,
-                    output_tokens=call.output_tokens,
-                    error=call.error,
-                )
-
-        return handle
-
-    async def _answered(
-        self,
-        serve: Callable[[web.Request, _Call], Awaitable[web.StreamResponse]],
-        request: web.Request,
-        call: _Call,
-    ) -> web.StreamResponse:
-        try:
-            return await serve(request, call)
-        except LanewiseError as error:
-            failure = error
-        except (web.HTTPException, ConnectionError):
-            raise
-        except Exception:
-            log.exception("http_defect", path=request.path, request_id=call.request_id)
-            failure = LanewiseError(ErrorCode.INTERNAL, "internal error; the router's log has the details")
-        call.error = failure.code
-        headers = reply.error_headers(failure)
-        return self._json_response(reply.error_body(failure), call, failure.transport.http, headers)
-
-    def _json_response(
-        self, body: bytes, call: _Call, status: int = 200, headers: dict[str, str] | None = None
-    ) -> web.Response:
-        headers = {**self._headers(call), **(headers or {})}
-        return web.Response(body=body, status=status, headers=headers, content_type="application/json")
-
-    def _headers(self, call: _Call) -> dict[str, str]:
-        return {"x-request-id": call.client_id or call.request_id or str(uuid.uuid4())}
-
-
-def _raise_error(event: Event, call: _Call) -> None:
+def _raise_error(event: Event, call: Call) -> None:
     if isinstance(event, Ended):
         call.output_tokens += event.completion_tokens
         if event.error is not None:

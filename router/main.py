@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -22,7 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lanewise.config import RouterConfig, parse_config
-from lanewise.errors import ConfigError
+from lanewise.errors import ConfigError, ErrorCode, LanewiseError
 from lanewise.router.auth import ApiKeys
 from lanewise.router.catalog import Catalog
 from lanewise.router.discovery import StaticDiscovery
@@ -55,15 +56,22 @@ def main() -> None:
 
 
 async def _serve(config: RouterConfig) -> None:
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        """The first asks for a drain, the second ends it."""
+        (hurry if stop.is_set() else stop).set()
+
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
+        loop.add_signal_handler(signum, on_signal)
     router = Router(config)
     await router.start()
+    gc.collect()
+    gc.freeze()  # what start-up made lives as long as the process: no collection needs to look at it again
     try:
         await router.run_until(stop)
-        await router.drain()
+        await router.drain(hurry)
     finally:
         await router.stop()
     log.info("stopped")
@@ -162,13 +170,17 @@ class Router:
         finally:
             waiter.cancel()
 
-    async def drain(self) -> None:
-        """Refuse what is new, finish what runs."""
+    async def drain(self, hurry: asyncio.Event | None = None) -> None:
+        """Refuse what is new, finish what runs: up to drain_max_s, or until `hurry` is set."""
         self.front.draining = True
         await self._set_health(NOT_SERVING)
         log.info("draining", running=self.dispatcher.num_running, max_s=self._config.drain_max_s)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.dispatcher.idle.wait(), self._config.drain_max_s)
+        waiters = [asyncio.create_task(event.wait()) for event in (self.dispatcher.idle, hurry) if event is not None]
+        await asyncio.wait(waiters, timeout=self._config.drain_max_s, return_when=asyncio.FIRST_COMPLETED)
+        for waiter in waiters:
+            waiter.cancel()
+        left = LanewiseError(ErrorCode.DRAINING, "this router stopped before the request was complete")
+        self.dispatcher.end_all(left)
 
     async def stop(self) -> None:
         await self._runner.cleanup()

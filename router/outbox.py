@@ -32,20 +32,21 @@ class Outbox:
             if self._timer is None:  # one timer per stall period, not per token
                 self._timer = self._loop.call_later(self._stall_s, self._check)
         self._items.append((choice, item))
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            _wake(self._waiter)
 
     async def take(self, timeout_s: float | None = None) -> list[Item]:
         """Everything there is; waits for the first. Empty when nothing came in time. One taker at a time."""
         if not self._items:
-            self._waiter = self._loop.create_future()
+            self._waiter = waiter = self._loop.create_future()
+            # A bare timer: asyncio.timeout would be the dearest thing that happens to a token.
+            timer = None if timeout_s is None else self._loop.call_later(timeout_s, _wake, waiter)
             try:
-                async with asyncio.timeout(timeout_s):
-                    await self._waiter
-            except TimeoutError:
-                return []
+                await waiter
             finally:
                 self._waiter = None
+                if timer is not None:
+                    timer.cancel()
         items, self._items = self._items, []
         return items
 
@@ -65,6 +66,11 @@ class Outbox:
             self._timer = self._loop.call_later(left, self._check)
         else:
             self._on_stall()
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def _nothing() -> None:

@@ -22,6 +22,7 @@ from lanewise.rpc import lanewise_pb2 as pb
 
 FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 0.5
+STOPPING = "this router stops"
 HEALTHY_S = 1.0  # a session that lived this long resets the back-off
 
 log = structlog.get_logger(__name__)
@@ -119,7 +120,7 @@ class Roster:
             assert self._listener is not None  # listen() comes before run()
             session = Session(address, self._router, self._timing, self._catalog, self, self._listener)
             started = time.monotonic()
-            reason = "router stops"
+            reason = STOPPING
             try:
                 reason = await session.run()
             finally:
@@ -137,9 +138,8 @@ class Roster:
             return
         del self._sessions[identity.incarnation]
         keys = list(session.carried)
-        log.warning(
-            "session_lost", worker=identity.name, incarnation=identity.incarnation, reason=reason, requests=len(keys)
-        )
+        tell = log.info if reason is STOPPING else log.warning
+        tell("session_lost", worker=identity.name, incarnation=identity.incarnation, reason=reason, requests=len(keys))
         if identity.role is Role.DECODE:
             self._tell_peers(lambda other: True)
         if self._listener is not None:

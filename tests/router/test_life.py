@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
+import pytest
+
 from lanewise.request import choice_seed
+from lanewise.router import http_server
 from lanewise.rpc import lanewise_pb2 as pb
 from tests.router.scripted import CONTEXT, ScriptedWorker, partly, rig, story, until
 
@@ -132,6 +136,20 @@ class TestHolding:
             statuses = sorted([(await answer)[0] for answer in answers])
             assert statuses == [429, 503, 503]
 
+    async def test_a_held_stream_is_kept_alive(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(http_server, "FIRST_KEEP_ALIVE_S", 0.02)
+        monkeypatch.setattr(http_server, "KEEP_ALIVE_S", 0.02)
+        async with rig("d", hold_timeout_s=0.3) as made:
+            await made.decode.stop()
+            await until(lambda: not made.router.roster.sessions())
+            body = {"model": "fable", "prompt": "x", "stream": True}
+            async with made.http.post(made.url + "/v1/completions", json=body) as response:
+                lines = [line async for line in response.content]
+            assert response.status == 200
+            assert lines.count(b": keep-alive\n") > 2
+            error = json.loads(lines[-2].removeprefix(b"data: "))["error"]
+            assert error["code"] == "NO_WORKERS"
+
     async def test_deadline(self) -> None:
         async with rig("d", request_timeout_s=0.15) as made:
             made.decode.on_submit = made.decode.silent
@@ -178,7 +196,7 @@ class TestClients:
 
             made.decode.on_submit = endless
             host, port = made.router.http.host, made.router.http.port
-            reader, writer = await asyncio.open_connection(host, port, limit=1024)
+            _, writer = await asyncio.open_connection(host, port, limit=1024)
             sock = writer.get_extra_info("socket")
             sock.setsockopt(1, 8, 4096)  # SOL_SOCKET, SO_RCVBUF: fills up at once
             body = json.dumps(
@@ -190,8 +208,9 @@ class TestClients:
             await until(lambda: len(made.decode.cancels) == 16)
             go_on = False
             assert made.router.dispatcher.num_running == 0
-            writer.close()
-            reader.feed_eof()
+            writer.transport.abort()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
 
     async def test_draining_refuses_new_and_finishes_old(self) -> None:
         async with rig("d") as made:
