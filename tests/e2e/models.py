@@ -86,6 +86,7 @@ def oracle(directory: Path, batch: Sequence[Sequence[int]], tokens: int = 64) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    torch.set_num_threads(1)  # the services under test need the cores; two pools on two cores crawl
     model.eval()
     out = []
     with torch.inference_mode():

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,14 @@ class Service:
     def snapshot(self) -> pb.FleetReply:
         with grpc.insecure_channel(self.grpc) as channel:
             return pb_grpc.FleetStub(channel).Snapshot(pb.FleetRequest(), timeout=5)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum over all series of that name with those labels."""
+        with urllib.request.urlopen(f"{self.http}/metrics", timeout=10) as reply:
+            lines = reply.read().decode().splitlines()
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        found = [line for line in lines if line.partition("{")[0].partition(" ")[0] == name]
+        return sum(float(line.rpartition(" ")[2]) for line in found if all(part in line for part in wanted))
 
     def audit(self, timeout_s: float = 15.0) -> None:
         """Waits until every worker is idle, then asserts that no block is referenced or leaked."""

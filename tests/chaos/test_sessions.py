@@ -1,0 +1,104 @@
+"""A session that breaks while both ends live; a router that dies; a decode worker that sleeps past every deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from lanewise.rpc import lanewise_pb2 as pb
+from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
+from tests.chaos.test_kill import wait_for_pair
+from tests.e2e.service import Generated, Service, generate, generate_all, request, running, until
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(180)]
+TOKENS = 400  # long enough to be in the middle when the fault comes
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running(tmp_path_factory.mktemp("sessions"), env={"LANEWISE_HEALTHY_AFTER_S": "0"}) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def undisturbed(service: Service) -> list[str]:
+    return [result.text for result in asyncio.run(generate_all(service.grpc, messages()))]
+
+
+def messages() -> list[pb.GenerateRequest]:
+    return [
+        request(f"Tale {number}: once upon a time", max_tokens=TOKENS, ignore_eos=True, seed=number, temperature=0.8)
+        for number in range(8)
+    ]
+
+
+def pause(service: Service, name: str, seconds: float) -> threading.Thread:
+    """SIGSTOP now, SIGCONT after a while, from a thread of its own."""
+    pid = service.kill(name, signal.SIGSTOP)
+
+    def resume() -> None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=resume)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("paused", ["router", "prefill", "decode"])
+def test_a_broken_session_with_both_ends_alive_resumes(service: Service, undisturbed: list[str], paused: str) -> None:
+    """Five seconds of silence are more than three missed pings: both ends give the session up, nobody restarts."""
+    wait_for_pair(service)
+    before = service.pid("prefill"), service.pid("decode"), service.pid("router")
+    threads: list[threading.Thread] = []
+
+    def on_token(count: int) -> None:
+        if count == 20 and not threads:
+            threads.append(pause(service, paused, 5.0))
+
+    results = asyncio.run(generate_all(service.grpc, messages(), on_token=on_token))
+    threads[0].join()
+    assert [result.reason for result in results] == ["length"] * len(results)
+    assert [result.text for result in results] == undisturbed
+    assert before == (service.pid("prefill"), service.pid("decode"), service.pid("router"))
+    service.audit()
+
+
+def test_a_killed_router_breaks_its_clients_and_workers_free_within_5_s(
+    service: Service, undisturbed: list[str]
+) -> None:
+    wait_for_pair(service)
+    workers = service.pid("prefill"), service.pid("decode")
+    killed_at: list[float] = []
+
+    def on_token(count: int) -> None:
+        if count == 20 and not killed_at:
+            service.kill("router")
+            killed_at.append(time.monotonic())
+
+    async def run() -> tuple[list[BaseException | list[Generated]], float]:
+        async with grpc.aio.insecure_channel(service.grpc) as channel:
+            stub = pb_grpc.InferenceStub(channel)
+            calls = [generate(stub, message, on_token=on_token) for message in messages()]
+            return await asyncio.gather(*calls, return_exceptions=True), time.monotonic()
+
+    outcomes, ended_at = asyncio.run(run())
+    for outcome in outcomes:
+        assert isinstance(outcome, grpc.aio.AioRpcError), f"a client of a killed router saw {outcome}"
+        assert outcome.code() is grpc.StatusCode.UNAVAILABLE
+    assert ended_at - killed_at[0] < 5
+    service.audit(timeout_s=20)
+    freed = [line for line in service.read_log().splitlines() if '"session_closed"' in line]
+    assert freed, "no worker noticed"
+    # The restarted router starts empty and serves; the workers never restarted.
+    until(lambda: service.process_of("router")["state"] == "ready", 20, service.read_log)
+    results = asyncio.run(generate_all(service.grpc, messages()))
+    assert [result.text for result in results] == undisturbed
+    assert workers == (service.pid("prefill"), service.pid("decode"))
