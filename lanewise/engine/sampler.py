@@ -54,18 +54,26 @@ def _choose(logits: torch.Tensor, seqs: Seq[Sequence]) -> list[int]:
         logits = logits.clone()
     for index in changed:
         _adjust(logits[index], seqs[index])
-    for index in drawn:
-        filter_logits(logits[index].div_(seqs[index].sampling.temperature), seqs[index].sampling)
-    if drawn:
-        seeds = [seqs[index].sampling.seed for index in drawn]
-        positions = [len(seqs[index].ids) for index in drawn]
-        noise = gumbel(seeds, positions, logits.shape[1], logits.device)
-        if len(drawn) == len(seqs):
-            logits += noise
-        else:
-            logits[drawn] += noise
+    _draw(logits, {index: seqs[index] for index in drawn})
     ids: list[int] = logits.argmax(-1).tolist()
     return ids
+
+
+def _draw(logits: torch.Tensor, drawn: dict[int, Sequence]) -> None:
+    """Temperature, filters and noise on these rows of logits, in place. Noise is made only where it can matter."""
+    whole: list[int] = []
+    for index, seq in drawn.items():
+        row, sampling = logits[index].div_(seq.sampling.temperature), seq.sampling
+        if not sampling.top_k and sampling.top_p >= 1.0 and not sampling.min_p:
+            whole.append(index)
+            continue
+        filter_logits(row, sampling)
+        kept = (row > -math.inf).nonzero()[:, 0]
+        row[kept] += gumbel([sampling.seed], [len(seq.ids)], kept)[0]
+    if whole:
+        seeds = [drawn[index].sampling.seed for index in whole]
+        positions = [len(drawn[index].ids) for index in whole]
+        logits[whole] += gumbel(seeds, positions, torch.arange(logits.shape[1], device=logits.device))
 
 
 def _changes_logits(seq: Sequence) -> bool:
