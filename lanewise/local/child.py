@@ -54,6 +54,7 @@ class Child:
         self.restarts = 0
         self.ready: dict[str, Any] = {}  # the ready line of the current process
         self.ended = asyncio.Event()
+        self.last_end = ""  # how the process before this one ended
         self._on_line = on_line
         self._on_change = on_change
         self._stopping = asyncio.Event()
@@ -69,6 +70,7 @@ class Child:
             while not self._stopping.is_set():
                 starts += 1
                 status, healthy_s = await self._run_once()
+                self.last_end = _how(status)
                 if self._stopping.is_set():
                     break
                 if status == CONFIG_STATUS:
@@ -103,12 +105,10 @@ class Child:
         self.ready, self._ready_at = {}, None
         self._tail.clear()
         try:
-            self._transport, output = await self._spawn(loop)
+            transport, output = await self._spawn(loop)
         except OSError as error:
             raise ChildFailed(f"cannot start {self.plan.argv[0]}: {error.strerror}", 1) from error
         try:
-            self.pid = self._transport.get_pid()
-            self._change("starting")
             if self._stopping.is_set():
                 self.terminate()  # asked to stop while it was being started
             await output.exited.wait()
@@ -117,14 +117,14 @@ class Child:
                 await asyncio.wait_for(output.closed.wait(), 2.0)
         finally:
             self._kill_group()
-            self._transport.close()
+            transport.close()
         self.pid = 0
-        status = self._transport.get_returncode()
+        status = transport.get_returncode()
         return 0 if status is None else status, loop.time() - self._ready_at if self._ready_at is not None else 0.0
 
     async def _spawn(self, loop: asyncio.AbstractEventLoop) -> tuple[asyncio.SubprocessTransport, _Output]:
         return await loop.subprocess_exec(
-            lambda: _Output(self._take_line),
+            lambda: _Output(self._started, self._take_line),
             *self.plan.argv,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -134,6 +134,11 @@ class Child:
             process_group=0,
             preexec_fn=_die_with(os.getpid()),
         )
+
+    def _started(self, transport: asyncio.SubprocessTransport) -> None:
+        """Called before the first line is taken, which may be long before `_spawn` gets to run again."""
+        self._transport, self.pid = transport, transport.get_pid()
+        self._change("starting")
 
     async def _wait_before_restart(self, delay_s: float) -> None:
         self.restarts += 1
@@ -165,18 +170,33 @@ class Child:
                 os.killpg(self.pid, signal.SIGKILL)
 
     def _last_words(self, status: int) -> str:
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        return "\n".join(self._tail) if self._tail else f"ended with {how} and no message"
+        return "\n".join(self._tail) if self._tail else f"ended with {_how(status)} and no message"
+
+
+def _how(status: int) -> str:
+    try:
+        return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    except ValueError:
+        return f"signal {-status}"
 
 
 class _Output(asyncio.SubprocessProtocol):
     """The pipes and the end of one process, apart: descendants may hold the pipes open after its end."""
 
-    def __init__(self, take_line: Callable[[Stream, bytes], None]) -> None:
+    def __init__(
+        self,
+        started: Callable[[asyncio.SubprocessTransport], None],
+        take_line: Callable[[Stream, bytes], None],
+    ) -> None:
         self.exited = asyncio.Event()
         self.closed = asyncio.Event()
+        self._started = started
         self._take_line = take_line
         self._pending = {1: b"", 2: b""}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.SubprocessTransport)
+        self._started(transport)
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         """Lines of any length; one that never ends is cut, so that a child cannot fill this process."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any, Literal, TextIO
 
 _HIDDEN = ("event", "level", "timestamp", "logger", "role", "pid", "process", "name")
@@ -22,6 +23,7 @@ class Log:
         self._stream = stream
         self._form = form
         self._colour = form == "text" and stream.isatty()
+        self.on_lost: Callable[[], None] | None = None  # called once when the reader has gone
         self._names: dict[str, int] = {}
         self._width = 0
 
@@ -62,8 +64,13 @@ class Log:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._colour else text
 
     def _write(self, text: str) -> None:
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+        except OSError:  # a closed pipe or terminal: in a callback of the event loop nobody would hear of it
+            lost, self.on_lost = self.on_lost, None
+            if lost is not None:
+                lost()
 
 
 def _value(value: object) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -31,6 +33,7 @@ class Supervisor:
     def __init__(self, plan: ServicePlan, log: Log, log_file: str = "", stop_s: float = STOP_S) -> None:
         self._plan = plan
         self._log = log
+        log.on_lost = self._on_lost_log
         self._stop_s = stop_s
         self._stop = asyncio.Event()
         self._kill = asyncio.Event()
@@ -140,6 +143,10 @@ class Supervisor:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
+    def _on_lost_log(self) -> None:
+        self._failure = ChildFailed("nobody reads the log any more", 1)
+        self._stop.set()
+
     def _on_line(self, child: Child, stream: Stream, line: str, record: dict[str, Any] | None) -> None:
         self._log.child(child.plan.name, stream, line, record)
 
@@ -148,13 +155,16 @@ class Supervisor:
         if child.state == "ready" and not self._stop.is_set():
             self._log.say(ready_line(child, len(max((c.plan.name for c in self.children), key=len))), ready=name)
         elif child.state == "backoff":
-            self._log.say(f"lanewise: {name} ended unexpectedly; restart {child.restarts}", level="warning")
+            self._log.say(f"lanewise: {name} ended with {child.last_end}; restart {child.restarts}", level="warning")
         self._changed.set()
         self._write_record()
 
     def _write_record(self) -> None:
         self.record.processes = [_process_state(child) for child in self.children]
-        records.write(self.record)
+        try:
+            records.write(self.record)
+        except OSError as error:  # such as a full disk: `status` is then out of date, and the service goes on
+            self._log.say(f"lanewise: cannot write the state file: {error.strerror}", level="warning")
 
 
 def _process_state(child: Child) -> records.ProcessState:
@@ -167,10 +177,17 @@ def _process_state(child: Child) -> records.ProcessState:
         start_time=records.start_time(child.pid) if child.pid else 0,
         incarnation=str(child.ready.get("incarnation", "")),
         device=str(child.ready.get("device", "")),
-        memory_bytes=int(child.ready.get("memory_bytes") or 0) or rss_bytes(child.pid),
+        memory_bytes=_memory(child),
         restarts=child.restarts,
         state=child.state,
     )
+
+
+def _memory(child: Child) -> int:
+    """What the process said it took; a router says nothing and is looked at."""
+    if child.state != "ready":
+        return 0
+    return int(child.ready.get("memory_bytes") or 0) or rss_bytes(child.pid)
 
 
 def ready_line(child: Child, width: int) -> str:
@@ -179,12 +196,12 @@ def ready_line(child: Child, width: int) -> str:
     if child.plan.role == "router":
         parts += [
             "cpu",
-            size(rss_bytes(child.pid)),
+            size(_memory(child)),
             f"http {_bare(child.ready.get('http', ''))}",
             f"grpc {child.plan.address}",
         ]
     else:
-        parts += [str(child.ready.get("device", "?")), size(int(child.ready.get("memory_bytes") or 0))]
+        parts += [str(child.ready.get("device", "?")), size(_memory(child))]
         parts += [str(child.ready.get("address", child.plan.address))]
     return "  ".join((*parts, f"pid {child.pid}"))
 
@@ -196,9 +213,8 @@ def _bare(address: object) -> str:
 def welcome(plan: ServicePlan, seconds: float) -> list[str]:
     """What a person needs next: the addresses, and two commands to paste."""
     http, grpc = reachable(plan.http), reachable(plan.grpc)
-    body = (
-        f'{{"model":"{plan.served_name}","messages":[{{"role":"user","content":"Tell me a story."}}],"max_tokens":64}}'
-    )
+    message = {"role": "user", "content": "Tell me a story."}
+    body = json.dumps({"model": plan.served_name, "messages": [message], "max_tokens": 64}, separators=(",", ":"))
     server = "" if grpc == "127.0.0.1:50051" else f" --server {grpc}"
     return [
         "",
@@ -207,7 +223,7 @@ def welcome(plan: ServicePlan, seconds: float) -> list[str]:
         f"  gRPC    {grpc}",
         *(f"  note    {note}" for note in plan.notes),
         "",
-        f"  curl http://{http}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        f"  curl http://{http}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
         f'  lanewise generate "Once upon a time"{server}',
         "",
     ]

@@ -79,6 +79,18 @@ def test_ctrl_c_drains_and_exits_zero(private: str) -> None:
     assert sorted(drained) == ["decode-0", "prefill-0", "router"]
 
 
+def test_a_reader_that_leaves_ends_the_service(private: str) -> None:
+    with subprocess.Popen((*LANEWISE, "up", *ANY_PORTS), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        poll(lambda: any(record.ready for record in state.live_services()), "ready")
+        process.stdout.close()
+        router = next(p for p in state.live_services()[0].processes if p.role == "router")
+        os.kill(router.pid, signal.SIGKILL)  # something to write about
+        assert process.stderr.read() == b""
+        process.wait(20)
+
+
 def test_a_detached_service_that_fails_says_why(private: str, tmp_path: Path) -> None:
     result = run("up", write(tmp_path, "broken", "file:///broken"), "--detach", *ANY_PORTS)
     assert result.returncode == 2

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lanewise.local import state
-from lanewise.local.child import backoff_s
+from lanewise.local.child import Child, backoff_s
 from lanewise.local.logs import Log
 from lanewise.local.machine import free_ports
 from lanewise.local.plan import ProcessPlan, ServicePlan
@@ -103,6 +103,7 @@ async def test_a_killed_child_comes_back_at_once(private: str) -> None:
     os.kill(first, signal.SIGKILL)
     await until(lambda: decode.state == "ready" and decode.pid != first, "restarted")
     assert decode.restarts == 1
+    assert "decode-0 ended with signal SIGKILL; restart 1" in running.out.getvalue()
     assert time.monotonic() - started < 5
     assert state.live_services()[0].processes[0].restarts == 1
     assert await running.end() == 0
@@ -181,6 +182,21 @@ async def test_descendants_of_a_dead_child_are_ended(private: str) -> None:
     os.kill(first, signal.SIGKILL)
     await until(lambda: decode.state == "ready" and decode.pid != first, "restarted")
     await until(lambda: len(pids_with(private)) == 3, "the old grandchild gone")
+    assert await running.end() == 0
+
+
+async def test_a_child_that_is_ready_before_its_start_is_seen(private: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine can run the whole start of a child before the supervisor's turn comes again."""
+    spawn = Child._spawn
+
+    async def slow_spawn(self: Child, loop: asyncio.AbstractEventLoop) -> object:
+        made = await spawn(self, loop)
+        await until(lambda: self.ready, "the ready line")
+        return made
+
+    monkeypatch.setattr(Child, "_spawn", slow_spawn)
+    running = Running(service(child("decode-0", READY, WAIT)))
+    await running.ready()
     assert await running.end() == 0
 
 
