@@ -25,13 +25,16 @@ class Cutter:
         self._total = total_tokens
         self._ready = [0] * layout.num_layers  # tokens computed, per layer
         self._cut = [0] * layout.num_layers  # tokens already in a chunk, per layer
+        self._found: dict[int, Slice | None] = {}  # by size limit; many transfers are asked for each chunk sent
 
     def skip(self, have_tokens: int) -> None:
         """The receiver holds these leading tokens."""
         self._cut = [have_tokens] * len(self._cut)
+        self._found.clear()
 
     def ready(self, tokens: int, layers: range) -> None:
         tokens = min(tokens, self._total)
+        self._found.clear()
         for layer in layers:
             if 0 <= layer < len(self._ready):
                 self._ready[layer] = max(self._ready[layer], tokens)
@@ -42,6 +45,11 @@ class Cutter:
 
     def peek(self, max_bytes: int) -> Slice | None:
         """The next chunk of at most `max_bytes`: as many layers as fit, for a run of tokens is contiguous in a pool."""
+        if max_bytes not in self._found:
+            self._found[max_bytes] = self._find(max_bytes)
+        return self._found[max_bytes]
+
+    def _find(self, max_bytes: int) -> Slice | None:
         cut, ready = self._cut, self._ready
         for first in range(len(cut)):
             lo, hi = cut[first], ready[first]
@@ -59,6 +67,7 @@ class Cutter:
         return None
 
     def take(self, piece: Slice) -> None:
+        self._found.clear()
         for layer in piece.layers:
             self._cut[layer] = piece.token_hi
 

@@ -14,7 +14,7 @@ import xxhash
 from msgspec import Meta
 
 from lanewise.policy.blocks import DIGEST_BYTES, UNIT_TOKENS, KVLayout
-from lanewise.transfer.records import MAX_PROMPT_TOKENS, Key, Slice
+from lanewise.transfer.records import MAX_FIELD, MAX_FIELDS, MAX_NAME, MAX_PROMPT_TOKENS, Key, Slice
 
 PROTOCOL = 1
 """Major version: part of HELLO, and of what must be equal."""
@@ -24,6 +24,8 @@ MAX_TOKENS = MAX_PROMPT_TOKENS
 MAX_CHUNKS = 1 << 20
 MAX_REASON = 2000
 MAX_LIVE = 1024
+MAX_TOP = 256
+MAX_WAIT_S = 86400.0
 _CHECK_BYTES = 8
 
 Incarnation = Annotated[str, Meta(min_length=1, max_length=64)]
@@ -34,15 +36,15 @@ Tokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Layer = Annotated[int, Meta(ge=0, le=1 << 16)]
 Count = Annotated[int, Meta(ge=0, le=MAX_CHUNKS)]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
-Seconds = Annotated[float, Meta(ge=0, le=86400)]
+Seconds = Annotated[float, Meta(ge=0, le=MAX_WAIT_S)]
 Check = Annotated[bytes, Meta(min_length=_CHECK_BYTES, max_length=_CHECK_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 Chain = Annotated[bytes, Meta(max_length=MAX_TOKENS // UNIT_TOKENS * DIGEST_BYTES)]
-ShortText = Annotated[str, Meta(max_length=64)]
-Fields = Annotated[dict[ShortText, Annotated[str, Meta(max_length=1024)]], Meta(max_length=64)]
+ShortText = Annotated[str, Meta(max_length=MAX_NAME)]
+Fields = Annotated[dict[ShortText, Annotated[str, Meta(max_length=MAX_FIELD)]], Meta(max_length=MAX_FIELDS)]
 Seqs = Annotated[tuple[Count, ...], Meta(max_length=256)]
 KeyList = Annotated[tuple[tuple[RequestId, Epoch], ...], Meta(max_length=MAX_LIVE)]
-Top = Annotated[tuple[tuple[int, float], ...], Meta(max_length=256)]
+Top = Annotated[tuple[tuple[int, float], ...], Meta(max_length=MAX_TOP)]
 
 
 class MalformedMessage(ValueError):
@@ -79,14 +81,14 @@ class WireLayout(msgspec.Struct, frozen=True, array_like=True):
 
 class Hello(Message, tag="HELLO", frozen=True, array_like=True):
     protocol: int
-    fingerprint: Annotated[str, Meta(max_length=256)]
+    fingerprint: Annotated[str, Meta(max_length=MAX_FIELD)]
     fields: Fields
     layout: WireLayout
 
 
 class HelloAck(Message, tag="HELLO_ACK", frozen=True, array_like=True):
     protocol: int
-    fingerprint: Annotated[str, Meta(max_length=256)]
+    fingerprint: Annotated[str, Meta(max_length=MAX_FIELD)]
     fields: Fields
     layout: WireLayout
     refusal: Reason  # empty: accepted

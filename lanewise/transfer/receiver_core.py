@@ -80,7 +80,7 @@ class ReceiverCore:
             return []
         answer: m.FromReceiver = m.Nack(*self.table.names(transfer), m.clip(reason))
         if busy:
-            answer = m.BusyReply(*self.table.names(transfer), retry_after_s)
+            answer = m.BusyReply(*self.table.names(transfer), min(max(retry_after_s, 0.0), m.MAX_WAIT_S))
         self._counters.busy += busy
         self._counters.refused += not busy
         return self.table.stop(transfer, answer, [], now)

@@ -31,6 +31,9 @@ Pages = Any
 
 
 MAX_PROMPT_TOKENS = 1 << 21
+MAX_NAME = 64
+MAX_FIELD = 1024
+MAX_FIELDS = 64
 
 
 def checked_key(key: Key) -> Key:
@@ -72,6 +75,14 @@ class Endpoint:
     fingerprint: str
     fingerprint_fields: Mapping[str, str]
     layout: KVLayout
+
+    def __post_init__(self) -> None:
+        """What does not fit a HELLO must fail here, not as silence of the partner."""
+        fields = self.fingerprint_fields
+        fits = 1 <= len(self.incarnation) <= MAX_NAME and len(self.fingerprint) <= MAX_FIELD
+        fits &= len(fields) <= MAX_FIELDS and all(len(k) <= MAX_NAME and len(v) <= MAX_FIELD for k, v in fields.items())
+        if not fits:
+            raise ValueError("incarnation, fingerprint or its fields are too long for the KV channel")
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ class SenderTransfer:
             index=token.index,
             token_id=token.token_id,
             logprob=token.logprob,
-            top=token.top,
+            top=token.top[: m.MAX_TOP],
             finish=finish,
         )
         return Send(self.peer.kv_address, message)

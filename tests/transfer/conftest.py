@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, dtype="float32", dty
 CACHE_KEY = b"k" * 32
 FIELDS = {"protocol": "1", "weights": "abc", "kv_dtype": "float32"}
 FAST = Timers(
-    hello_s=0.1,
+    hello_s=0.25,
     rehello_s=0.2,
     grant_wait_s=1.0,
     begin_resend_s=0.2,
@@ -33,6 +33,8 @@ FAST = Timers(
     ping_s=0.2,
     tombstone_s=5.0,
 )
+STEADY = replace(FAST, hello_s=1.0, grant_wait_s=5.0, ack_abort_s=3.0, ping_s=0.4, lease_s=6.0)
+"""For tests in which new processes start and sockets reconnect, on a machine that may be busy."""
 
 
 class NumpyStore:
@@ -165,6 +167,7 @@ class Net:
     eventually = staticmethod(eventually)
     endpoint = staticmethod(endpoint)
     fast = FAST
+    steady = STEADY
     layout = LAYOUT
     cache_key = CACHE_KEY
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 
-from conftest import CACHE_KEY, FAST, Decode, Net, Prefill, endpoint
+from conftest import CACHE_KEY, STEADY, Decode, Net, Prefill, endpoint
 
 from lanewise.transfer import Faults, Limits, Peer
 
@@ -20,14 +20,14 @@ def main() -> None:
     role, *rest = sys.argv[1:]
     faults = Faults.from_env(os.environ, [rest[1] if role == "decode" else rest[0]])
     if role == "decode":
-        side = Decode(endpoint(incarnation=rest[0]), faults, FAST, Limits(), rest[1])
+        side = Decode(endpoint(incarnation=rest[0]), faults, STEADY, Limits(), rest[1])
         side.grant_all()
         ids = list(range(200))
         side.receiver.expect(("r", 1), ids, CACHE_KEY)
         print(side.address, flush=True)
         events = side.log
     else:
-        prefill = Prefill(endpoint(), faults, FAST, Limits(chunk_bytes=4096))
+        prefill = Prefill(endpoint(), faults, STEADY, Limits(chunk_bytes=4096))
         ids, key = list(range(200)), ("r", 1)
         pages = prefill.compute(ids)
         prefill.sender.begin(key, Peer(rest[0], rest[1]), ids, CACHE_KEY, pages)

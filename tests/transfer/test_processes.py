@@ -64,12 +64,12 @@ def offer(net, prefill, peer, key=KEY):
 def test_decode_dies_and_another_incarnation_takes_its_place(net, child, point):
 
     dying = child(f"kill@{point}", "decode", "first", "tcp://127.0.0.1:0")
-    prefill = net.prefill(timers=net.fast)
+    prefill = net.prefill(timers=net.steady)
     pages = offer(net, prefill, Peer(dying.first_line, "first"))
     assert dying.process.wait(10) == -signal.SIGKILL
     end = prefill.log.wait((Aborted, Delivered), KEY)
     assert isinstance(end, Aborted) or point == "commit_ack_sent"
-    decode = net.decode(timers=net.fast, listen=dying.first_line)
+    decode = net.decode(timers=net.steady, listen=dying.first_line)
     decode.grant_all()
     again = ("r", 2)
     decode.receiver.expect(again, IDS, net.cache_key)
@@ -81,7 +81,7 @@ def test_decode_dies_and_another_incarnation_takes_its_place(net, child, point):
 
 @pytest.mark.parametrize("point", ["begin_sent", "mid_chunk#4", "chunk_sent#2", "commit_sent"])
 def test_prefill_dies_and_decode_frees_or_has_everything(net, child, point):
-    decode = net.decode(timers=net.fast)
+    decode = net.decode(timers=net.steady)
     decode.grant_all()
     decode.receiver.expect(KEY, IDS, net.cache_key)
     dying = child(f"kill@{point}", "prefill", decode.address, decode.identity.incarnation)
@@ -102,7 +102,7 @@ def test_prefill_dies_and_decode_frees_or_has_everything(net, child, point):
 def test_frozen_decode_comes_back_and_its_link_heals(net, child):
 
     frozen = child("", "decode", "one", "tcp://127.0.0.1:0")
-    prefill = net.prefill(timers=net.fast, limits=Limits(chunk_bytes=4096))
+    prefill = net.prefill(timers=net.steady, limits=Limits(chunk_bytes=4096))
     peer = Peer(frozen.first_line, "one")
     prefill.sender.connect(peer)
     assert prefill.log.wait(LinkReport).link.state is LinkState.VERIFIED

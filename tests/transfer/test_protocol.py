@@ -341,6 +341,31 @@ def test_sender_beyond_its_credit_is_stopped():
     assert transfer.state is R.FREED
 
 
+def test_short_transfers_overtake_long_ones_but_never_starve_them():
+    core = SenderCore(end(P), Timers(), Limits(chunk_bytes=64), Counters())
+    bound = {"long": Binding.of(list(range(640)), b"k"), "short": BOUND}
+    for name in ("long", "short"):
+        core.begin((name, 1), PEER, bound[name], ["p"], 0.0)
+    core.receive("addr", compat.hello_ack(end(D), P, "", 1 << 20), 0.0)
+    for name in ("long", "short"):
+        core.receive("addr", m.Grant(D, P, name, 1, 0, 1 << 20, 30.0), 0.0)
+        core.ready((name, 1), 1000, None)
+    order = []
+    for _ in range(80):
+        chosen = core.next_chunk("addr")
+        assert chosen is not None
+        order.append(chosen[1].key[0])
+        core.sent(*chosen, CRC, True, 0.0)
+    assert order[:40].count("short") == 30  # three of four go to the one with less left
+    assert order[-1] == "long"
+
+
+def test_endpoint_that_fits_no_hello_is_refused_at_once():
+    for facts in ({"incarnation": ""}, {"fingerprint": "f" * 2000}, {"fingerprint_fields": {"x" * 70: "y"}}):
+        with pytest.raises(ValueError, match="too long"):
+            Endpoint(**({"incarnation": "i", "fingerprint": "f", "fingerprint_fields": {}, "layout": LAYOUT} | facts))
+
+
 # --- chunks
 
 
