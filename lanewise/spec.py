@@ -31,7 +31,7 @@ API_VERSION = "lanewise.io/v1alpha1"
 GPU_RESOURCE = "nvidia.com/gpu"
 
 Problem = tuple[tuple[str | int, ...] | str, str]
-"""A field of the model at hand (dotted as in the file, or its parts where a part has dots) and what is wrong with it."""
+"""A field of the model at hand (dotted, or its parts where a part has dots itself) and what is wrong with it."""
 
 
 class Model(BaseModel):
