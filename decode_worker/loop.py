@@ -7,17 +7,18 @@ Must not: order local prefill itself (the batching policy does), verify KV (the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING
 
 import structlog
 
-from lanewise.decode_worker.room import Admission, Decode, Phase, first_come, victim
-from lanewise.engine.opening import open_sequence
+from lanewise.decode_worker.room import Admission, Decode, Phase, first_come, victim, with_load
+from lanewise.engine.opening import open_sequence, take_token
 from lanewise.engine.runner import Work
 from lanewise.fleet import WorkerStats
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
-from lanewise.request import Mode, Submission, Token
+from lanewise.request import Mode, Submission
 from lanewise.rpc.loop import Key, WorkerLoop
 from lanewise.rpc.outbox import Outbox
 from lanewise.transfer.records import Aborted, Committed, Offered, ReceiverEvent
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from lanewise.transfer.receiver import Receiver
 
 log = structlog.get_logger(__name__)
-
 
 OFFER_PATIENCE_S = 4.0  # an offer may wait this long for room; the sender gives up after 5 s
 
@@ -55,8 +55,6 @@ class DecodeLoop(WorkerLoop[Decode]):
         self._closing: dict[Key, Decode] = {}  # ended for the router, pages still lent to the receiver
         self._preemptions = 0
         self._step_times: list[float] = []
-        self._audited = True
-        self._leaked = 0
 
     def attach_receiver(self, receiver: Receiver) -> None:
         self._receiver = receiver
@@ -119,7 +117,7 @@ class DecodeLoop(WorkerLoop[Decode]):
         if attempt.phase in (Phase.PREFILLING, Phase.RUNNING):
             self._engine.pool.seal(attempt.seq, attempt.cache_key)
         self._engine.pool.release(attempt.seq)
-        self._audited = False
+        self.pages_changed_hands()
         for other in first_come(self.attempts.values(), Phase.BLOCKED):
             other.phase = Phase.QUEUED
             self._enqueue(other)
@@ -270,25 +268,16 @@ class DecodeLoop(WorkerLoop[Decode]):
                 self._token(attempt, token)
 
     def _token(self, attempt: Decode, sampled: Sampled) -> None:
-        seq = attempt.seq
-        index = seq.num_output
-        seq.ids.append(sampled.token_id)
-        finish = seq.finish(sampled.token_id)
-        token = Token(
-            attempt.submission.request_id,
-            attempt.submission.epoch,
-            index,
-            sampled.token_id,
-            sampled.logprob,
-            sampled.top,
-            finish,
-        )
+        token = take_token(attempt.seq, sampled)
         self.outbox.token(attempt.session, token)
-        if finish is not None:
-            self._admission.observe(seq.num_output)
-            self.end(attempt.key, finish.value)
+        if token.finish is not None:
+            self._admission.observe(attempt.seq.num_output)
+            self.end(attempt.key, token.finish.value)
 
     # ------------------------------------------------------------ statistics
+
+    def audit(self) -> list[str]:
+        return self._engine.pool.audit([])
 
     @property
     def idle(self) -> bool:
@@ -296,38 +285,15 @@ class DecodeLoop(WorkerLoop[Decode]):
 
     def publish(self, now: float) -> None:
         pool = self._engine.pool
-        usage = pool.usage()
-        running = [a for a in self.attempts.values() if a.phase is Phase.RUNNING]
-        cost = self._policy.cost
-        queued = sum(job.remaining_tokens for job in self._policy.jobs.values())
-        if not self.attempts and not self._closing and not self._audited:
-            self._audit()
         self.outbox.blocks(*pool.take_events())
-        self.outbox.stats(
-            WorkerStats(
-                queued_requests=len(self._policy.jobs),
-                queued_tokens=queued,
-                running_requests=len(running),
-                running_context_tokens=sum(len(a.seq.ids) for a in running),
-                kv_used_tokens=usage.used_tokens,
-                kv_capacity_tokens=usage.capacity_tokens,
-                kv_cached_tokens=usage.cached_tokens,
-                decode_step_s=round(median(self._step_times), 5) if self._step_times else 0.0,
-                queue_wait_s=round(cost.token_s * queued, 4),
-                cost=cost.to_mapping(),
-                lane=self.lane,
-                lane_generation=self.lane_generation,
-                draining=self.draining,
-                transfers=sum(a.phase is Phase.RECEIVING for a in self.attempts.values()) + len(self._closing),
-                preemptions=self._preemptions,
-                leaked_blocks=self._leaked,
-            )
+        fleet = WorkerStats(
+            lane=self.lane,
+            lane_generation=self.lane_generation,
+            draining=self.draining,
+            preemptions=self._preemptions,
+            leaked_blocks=self.leaked_blocks,
+            decode_step_s=round(median(self._step_times), 5) if self._step_times else 0.0,
+            counters=asdict(self.receiver.snapshot()),
         )
-
-    def _audit(self) -> None:
-        """Runs whenever the worker falls idle: every page must be free or in the cache."""
-        self._audited = True
-        defects = self._engine.pool.audit([])
-        self._leaked = len(defects)
-        if defects:
-            log.error("kv_pool_audit_failed", defects=defects[:20])
+        load = with_load(fleet, self.attempts.values(), pool.usage(), self._policy, len(self._closing))
+        self.outbox.stats(load)

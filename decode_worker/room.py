@@ -1,20 +1,23 @@
 """Room in the KV pool of a decode worker: who may take pages, and who gives them back when there are none.
 
-Owns: decode admission by predicted peak (the Past-Future rule) and the choice whom to preempt.
+Owns: decode admission by predicted peak (the Past-Future rule), the choice whom to preempt, and the account of both.
 Must not: change an attempt or touch the pool; the loop acts on what is decided here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from lanewise.fleet import WorkerStats
 from lanewise.policy.admission import OutputLengths, peak_tokens
+from lanewise.policy.batching import BatchPolicy
 from lanewise.rpc.loop import Attempt
 
 if TYPE_CHECKING:
+    from lanewise.engine.pages import PoolUsage as Usage
     from lanewise.engine.sequence import Sequence as EngineSequence
 
 
@@ -75,3 +78,25 @@ def victim(attempts: Iterable[Decode]) -> Decode:
 def first_come(attempts: Iterable[Decode], phase: Phase) -> Sequence[Decode]:
     """All in this phase, preempted ones first, then in order of arrival."""
     return sorted((a for a in attempts if a.phase is phase), key=lambda a: (not a.preempted, a.arrived_at))
+
+
+def with_load(
+    stats: WorkerStats, attempts: Iterable[Decode], usage: Usage, policy: BatchPolicy, closing: int
+) -> WorkerStats:
+    """The same statistics with what the pool holds, what runs and what waits."""
+    attempts = list(attempts)
+    running = [a for a in attempts if a.phase is Phase.RUNNING]
+    queued = sum(job.remaining_tokens for job in policy.jobs.values())
+    return replace(
+        stats,
+        queued_requests=len(policy.jobs),
+        queued_tokens=queued,
+        running_requests=len(running),
+        running_context_tokens=sum(len(a.seq.ids) for a in running),
+        kv_used_tokens=usage.used_tokens,
+        kv_capacity_tokens=usage.capacity_tokens,
+        kv_cached_tokens=usage.cached_tokens,
+        queue_wait_s=round(policy.cost.token_s * queued, 4),
+        cost=policy.cost.to_mapping(),
+        transfers=sum(a.phase is Phase.RECEIVING for a in attempts) + closing,
+    )

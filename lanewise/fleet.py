@@ -81,6 +81,7 @@ class WorkerStats:
     links: tuple[Link, ...] = ()
     transfers: int = 0
     preemptions: int = 0
+    counters: Mapping[str, int] = field(default_factory=dict)  # totals of the KV channel since the start
     leaked_blocks: int = 0  # result of the last idle audit; anything but 0 is a defect
 
 

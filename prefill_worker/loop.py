@@ -7,17 +7,17 @@ Must not: order work itself (the batching policy does), move bytes (the sender d
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import structlog
 
-from lanewise.engine.opening import open_sequence
+from lanewise.engine.opening import open_sequence, take_token
 from lanewise.engine.runner import Work
 from lanewise.fleet import Link, LinkState, WorkerStats
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
-from lanewise.request import Partner, Submission, Token
+from lanewise.request import Partner, Submission
 from lanewise.rpc.loop import Attempt, Key, WorkerLoop
 from lanewise.rpc.outbox import Outbox
 from lanewise.transfer.records import Aborted, Busy, Delivered, LinkReport, SenderEvent
@@ -64,8 +64,6 @@ class PrefillLoop(WorkerLoop[Prefill]):
         self._sender: Sender | None = None
         self._closing: dict[Key, Prefill] = {}  # ended for the router, pages still lent
         self._links: dict[str, Link] = {}
-        self._audited = True
-        self._leaked = 0
 
     def attach_sender(self, sender: Sender) -> None:
         self._sender = sender
@@ -121,7 +119,7 @@ class PrefillLoop(WorkerLoop[Prefill]):
     def _release(self, attempt: Prefill) -> None:
         self._engine.pool.seal(attempt.seq, attempt.cache_key)
         self._engine.pool.release(attempt.seq)
-        self._audited = False
+        self.pages_changed_hands()
         for other in self.attempts.values():
             if other.phase is Phase.BLOCKED:
                 other.phase = Phase.QUEUED
@@ -221,28 +219,19 @@ class PrefillLoop(WorkerLoop[Prefill]):
         self._faults.point("first_chunk_computing")
 
     def _first_token(self, attempt: Prefill, sampled: Sampled) -> None:
-        seq = attempt.seq
-        index = seq.num_output
-        seq.ids.append(sampled.token_id)
-        finish = seq.finish(sampled.token_id)
-        token = Token(
-            attempt.submission.request_id,
-            attempt.submission.epoch,
-            index,
-            sampled.token_id,
-            sampled.logprob,
-            sampled.top,
-            finish,
-        )
+        token = take_token(attempt.seq, sampled)
         self.outbox.token(attempt.session, token)
         self._faults.point("token1_sent")
-        if finish is None:
+        if token.finish is None:
             attempt.phase = Phase.SENDING
             self.sender.commit(attempt.key, token)
         else:
             self.end(attempt.key, "finished at token 1")
 
     # ------------------------------------------------------------ statistics
+
+    def audit(self) -> list[str]:
+        return self._engine.pool.audit([])
 
     @property
     def idle(self) -> bool:
@@ -254,8 +243,6 @@ class PrefillLoop(WorkerLoop[Prefill]):
         jobs = self._policy.jobs.values()
         queued = sum(job.remaining_tokens for job in jobs)
         cost = self._policy.cost
-        if not self.attempts and not self._closing and not self._audited:
-            self._audit()
         self.outbox.blocks(*pool.take_events())
         self.outbox.stats(
             WorkerStats(
@@ -271,14 +258,7 @@ class PrefillLoop(WorkerLoop[Prefill]):
                 draining=self.draining,
                 links=tuple(self._links.values()),
                 transfers=sum(a.lent for a in self.attempts.values()) + len(self._closing),
-                leaked_blocks=self._leaked,
+                leaked_blocks=self.leaked_blocks,
+                counters=asdict(self.sender.snapshot()),
             )
         )
-
-    def _audit(self) -> None:
-        """Runs whenever the worker falls idle: every page must be free or in the cache."""
-        self._audited = True
-        defects = self._engine.pool.audit([])
-        self._leaked = len(defects)
-        if defects:
-            log.error("kv_pool_audit_failed", defects=defects[:20])

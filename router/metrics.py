@@ -11,15 +11,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from lanewise.fleet import WorkerStats
+from lanewise.fleet import WorkerIdentity, WorkerStats
 from lanewise.router.session import Session
 from lanewise.telemetry import Metrics
 
 _STATS_GAUGES = tuple(field.name for field in dataclasses.fields(WorkerStats) if field.type in ("int", "float", "bool"))
+_COUNTERS = (
+    ("kv_bytes", "bytes of KV moved, by direction", "direction", {"bytes_sent": "sent", "bytes_received": "received"}),
+    (
+        "transfers",
+        "KV transfers by how they ended",
+        "outcome",
+        {name: name for name in ("delivered", "committed", "aborted", "busy", "refused")},
+    ),
+)
 _LABELS = ("worker", "role", "incarnation")
 
 
@@ -64,6 +73,7 @@ class _Fleet(Collector):
             for session, _ in sessions:
                 family.add_metric(labels[id(session)], float(getattr(session.stats, name)))
             yield family
+        yield from self._counters(sessions, labels)
         inflight = GaugeMetricFamily("lanewise_worker_inflight_requests", "sent by this router", labels=_LABELS)
         age = GaugeMetricFamily("lanewise_worker_stats_age_s", "age of the last statistics", labels=_LABELS)
         for session, _ in sessions:
@@ -71,3 +81,15 @@ class _Fleet(Collector):
             age.add_metric(labels[id(session)], time.monotonic() - session.stats_at if session.stats_at else 0.0)
         yield inflight
         yield age
+
+    @staticmethod
+    def _counters(
+        sessions: list[tuple[Session, WorkerIdentity]], labels: dict[int, list[str]]
+    ) -> Iterator[CounterMetricFamily]:
+        for name, help_text, label, fields in _COUNTERS:
+            family = CounterMetricFamily(f"lanewise_{name}", help_text, labels=(*_LABELS, label))
+            for session, _ in sessions:
+                for field, value in fields.items():
+                    if field in session.stats.counters:
+                        family.add_metric([*labels[id(session)], value], session.stats.counters[field])
+            yield family

@@ -1,4 +1,4 @@
-"""From a submission to a sequence: the checks every worker makes before it takes a request in.
+"""Between the records of requests and the engine's own: submission to sequence, sampled id to token.
 
 Owns: the limits on token ids and lengths, and the key under which a request's KV is cached.
 Must not: take pages or compute anything.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from lanewise.engine.sampler import Sampled
 from lanewise.engine.sequence import Sequence
 from lanewise.errors import ErrorCode, LanewiseError, invalid
 from lanewise.policy.blocks import cache_key
-from lanewise.request import Submission
+from lanewise.request import Submission, Token
 
 
 class Limits(Protocol):
@@ -51,3 +52,11 @@ def open_sequence(submission: Submission, limits: Limits, capacity_tokens: int) 
         max_context_tokens=limits.max_context_tokens,
     )
     return sequence, cache_key(limits.fingerprint, submission.tenant_salt)
+
+
+def take_token(sequence: Sequence, sampled: Sampled) -> Token:
+    """Append what was sampled to the sequence and say what it means for the request."""
+    index = sequence.num_output
+    sequence.ids.append(sampled.token_id)
+    finish = sequence.finish(sampled.token_id)
+    return Token(*sequence.key, index, sampled.token_id, sampled.logprob, sampled.top, finish)

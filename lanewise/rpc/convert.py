@@ -218,7 +218,8 @@ _STATS_NUMBERS = (
 
 
 def stats_to_wire(stats: WorkerStats) -> pb.Stats:
-    wire = pb.Stats(cost=dict(stats.cost), lane=stats.lane.value, **{n: getattr(stats, n) for n in _STATS_NUMBERS})
+    numbers = {name: getattr(stats, name) for name in _STATS_NUMBERS}
+    wire = pb.Stats(cost=dict(stats.cost), counters=dict(stats.counters), lane=stats.lane.value, **numbers)
     for link in stats.links:
         wire.links.add(
             peer=link.peer,
@@ -244,4 +245,4 @@ def stats_from_wire(wire: pb.Stats) -> WorkerStats:
     )
     numbers = {n: getattr(wire, n) for n in _STATS_NUMBERS}
     lane = _member(Lane, wire.lane, Lane.ANY)
-    return WorkerStats(cost=dict(wire.cost), lane=lane, links=links, **numbers)
+    return WorkerStats(cost=dict(wire.cost), counters=dict(wire.counters), lane=lane, links=links, **numbers)

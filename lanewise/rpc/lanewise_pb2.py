@@ -4,152 +4,159 @@
 # source: lanewise/rpc/lanewise.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 7, 35, 1, "", "lanewise/rpc/lanewise.proto"
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'lanewise/rpc/lanewise.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1blanewise/rpc/lanewise.proto\x12\x0blanewise.v1"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.lanewise.v1.ChatMessage"\xe6\x04\n\x0fSamplingOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12?\n\nlogit_bias\x18\t \x03(\x0b\x32+.lanewise.v1.SamplingOptions.LogitBiasEntry\x12\x11\n\x04seed\x18\n \x01(\x04H\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0b \x01(\rH\t\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_min_tokensB\x0b\n\t_logprobs"\x9d\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.lanewise.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.lanewise.v1.ChatH\x00\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.lanewise.v1.SamplingOptions\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\t\n\x01n\x18\x07 \x01(\r\x12\x19\n\x11\x63lient_request_id\x18\x08 \x01(\t\x12\x1b\n\x0ettft_target_ms\x18\t \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06promptB\x11\n\x0f_ttft_target_ms"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01"e\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.lanewise.v1.TopLogprob"P\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r"i\n\tTextDelta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.lanewise.v1.TokenLogprob"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r"i\n\x0b\x45rrorDetail\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\x12\x14\n\x0cshould_retry\x18\x05 \x01(\x08"\x8b\x01\n\x08\x46inished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\'\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.lanewise.v1.ErrorDetail\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.lanewise.v1.Usage\x12\x13\n\x0bstop_reason\x18\x05 \x01(\t"\x97\x01\n\rGenerateEvent\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.lanewise.v1.AcceptedH\x00\x12\'\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x16.lanewise.v1.TextDeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.lanewise.v1.FinishedH\x00\x42\x07\n\x05\x65vent"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t"K\n\x0c\x45xplainReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05steps\x18\x02 \x03(\x0b\x32\x18.lanewise.v1.ExplainStep"I\n\x0b\x45xplainStep\x12\r\n\x05\x61t_ms\x18\x01 \x01(\x01\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04what\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t"\x13\n\x11ListModelsRequest"9\n\x0fListModelsReply\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.lanewise.v1.ModelInfo"3\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r"\x0e\n\x0c\x46leetRequest"g\n\nFleetReply\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x10\n\x08\x61rrivals\x18\x02 \x01(\x04\x12\x0c\n\x04held\x18\x03 \x01(\r\x12)\n\x07workers\x18\x04 \x03(\x0b\x32\x18.lanewise.v1.FleetWorker"\x95\x01\n\x0b\x46leetWorker\x12-\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x18.lanewise.v1.Description\x12!\n\x05stats\x18\x02 \x01(\x0b\x32\x12.lanewise.v1.Stats\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x13\n\x0bstats_age_s\x18\x04 \x01(\x01\x12\x10\n\x08inflight\x18\x05 \x01(\r"\x85\x02\n\rRouterMessage\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.lanewise.v1.RouterHelloH\x00\x12%\n\x06submit\x18\x02 \x01(\x0b\x32\x13.lanewise.v1.SubmitH\x00\x12%\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x13.lanewise.v1.CancelH\x00\x12!\n\x04ping\x18\x04 \x01(\x0b\x32\x11.lanewise.v1.PingH\x00\x12(\n\x08set_lane\x18\x05 \x01(\x0b\x32\x14.lanewise.v1.SetLaneH\x00\x12#\n\x05peers\x18\x06 \x01(\x0b\x32\x12.lanewise.v1.PeersH\x00\x42\t\n\x07message"M\n\x0bRouterHello\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x1c\n\x14\x65xpected_incarnation\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\r"\x97\x03\n\x0cSamplingWire\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x01\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.lanewise.v1.SamplingWire.LogitBiasEntry\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobs"\xa6\x02\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12\x1a\n\x12resumed_output_ids\x18\x05 \x03(\r\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.lanewise.v1.SamplingWire\x12\x1a\n\x12partner_kv_address\x18\x07 \x01(\t\x12\x1b\n\x13partner_incarnation\x18\x08 \x01(\t\x12\x12\n\ndeadline_s\x18\t \x01(\x01\x12\x1a\n\rttft_target_s\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0btenant_salt\x18\x0b \x01(\x0c\x42\x10\n\x0e_ttft_target_s";\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t"\x16\n\x04Ping\x12\x0e\n\x06number\x18\x01 \x01(\x04"4\n\x07SetLane\x12\x0c\n\x04lane\x18\x01 \x01(\t\x12\x1b\n\x13\x65xpected_generation\x18\x02 \x01(\x04")\n\x05Peers\x12 \n\x05peers\x18\x01 \x03(\x0b\x32\x11.lanewise.v1.Peer"D\n\x04Peer\x12\x12\n\nkv_address\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t"\x97\x03\n\rWorkerMessage\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.lanewise.v1.WelcomeH\x00\x12/\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1b.lanewise.v1.SubmitAcceptedH\x00\x12!\n\x04step\x18\x03 \x01(\x0b\x32\x11.lanewise.v1.StepH\x00\x12+\n\tcommitted\x18\x04 \x01(\x0b\x32\x16.lanewise.v1.CommittedH\x00\x12\x36\n\x0ftransfer_failed\x18\x05 \x01(\x0b\x32\x1b.lanewise.v1.TransferFailedH\x00\x12#\n\x05stats\x18\x06 \x01(\x0b\x32\x12.lanewise.v1.StatsH\x00\x12*\n\x06\x62locks\x18\x07 \x01(\x0b\x32\x18.lanewise.v1.BlockEventsH\x00\x12%\n\x06\x66\x61iled\x18\x08 \x01(\x0b\x32\x13.lanewise.v1.FailedH\x00\x12!\n\x04pong\x18\t \x01(\x0b\x32\x11.lanewise.v1.PongH\x00\x42\t\n\x07message"8\n\x07Welcome\x12-\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x18.lanewise.v1.Description"J\n\x0eSubmitAccepted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r"*\n\x05TopId\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01"\xa1\x01\n\x08TokenOut\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x10\n\x08token_id\x18\x04 \x01(\r\x12\x14\n\x07logprob\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x03top\x18\x06 \x03(\x0b\x32\x12.lanewise.v1.TopId\x12\x0e\n\x06\x66inish\x18\x07 \x01(\tB\n\n\x08_logprob"-\n\x04Step\x12%\n\x06tokens\x18\x01 \x03(\x0b\x32\x15.lanewise.v1.TokenOut"_\n\tCommitted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x17\n\x0freceived_tokens\x18\x03 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x04"a\n\x0eTransferFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x1c\n\x14\x66ingerprint_mismatch\x18\x04 \x01(\x08"]\n\x06\x46\x61iled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x11\n\tretryable\x18\x05 \x01(\x08"\x16\n\x04Pong\x12\x0e\n\x06number\x18\x01 \x01(\x04"i\n\x08LinkInfo\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x1d\n\x15\x62\x61ndwidth_bytes_per_s\x18\x04 \x01(\x01\x12\x11\n\tlatency_s\x18\x05 \x01(\x01"\xf7\x03\n\x05Stats\x12\x17\n\x0fqueued_requests\x18\x01 \x01(\r\x12\x15\n\rqueued_tokens\x18\x02 \x01(\x04\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x1e\n\x16running_context_tokens\x18\x04 \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\x05 \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x06 \x01(\x04\x12\x18\n\x10kv_cached_tokens\x18\x07 \x01(\x04\x12\x15\n\rdecode_step_s\x18\x08 \x01(\x01\x12\x14\n\x0cqueue_wait_s\x18\t \x01(\x01\x12*\n\x04\x63ost\x18\n \x03(\x0b\x32\x1c.lanewise.v1.Stats.CostEntry\x12\x0c\n\x04lane\x18\x0b \x01(\t\x12\x17\n\x0flane_generation\x18\x0c \x01(\x04\x12\x12\n\nlane_age_s\x18\r \x01(\x01\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\x12$\n\x05links\x18\x0f \x03(\x0b\x32\x15.lanewise.v1.LinkInfo\x12\x11\n\ttransfers\x18\x10 \x01(\r\x12\x13\n\x0bpreemptions\x18\x11 \x01(\x04\x12\x15\n\rleaked_blocks\x18\x12 \x01(\r\x1a+\n\tCostEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01"O\n\x0b\x42lockEvents\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x03 \x01(\x0c\x12\x0f\n\x07removed\x18\x04 \x01(\x0c")\n\x0f\x44\x65scribeRequest\x12\x16\n\x0ewith_tokenizer\x18\x01 \x01(\x08"\xa5\x03\n\x0b\x44\x65scription\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x12\n\nkv_address\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\x12K\n\x12\x66ingerprint_fields\x18\x08 \x03(\x0b\x32/.lanewise.v1.Description.FingerprintFieldsEntry\x12\x1a\n\x12max_context_tokens\x18\t \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\n \x01(\x04\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x0b\n\x03pid\x18\r \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x0e \x01(\x04\x12\x16\n\x0etokenizer_hash\x18\x0f \x01(\t\x1a\x38\n\x16\x46ingerprintFieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"\xa3\x02\n\rDescribeReply\x12-\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x18.lanewise.v1.Description\x12\x16\n\x0etokenizer_json\x18\x02 \x01(\x0c\x12\x15\n\rchat_template\x18\x03 \x01(\t\x12\x45\n\x0especial_tokens\x18\x04 \x03(\x0b\x32-.lanewise.v1.DescribeReply.SpecialTokensEntry\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12 \n\x18generation_defaults_json\x18\x06 \x01(\t\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01"\x1f\n\nDrainReply\x12\x11\n\tremaining\x18\x01 \x01(\r2\xe2\x01\n\tInference\x12\x46\n\x08Generate\x12\x1c.lanewise.v1.GenerateRequest\x1a\x1a.lanewise.v1.GenerateEvent0\x01\x12\x41\n\x07\x45xplain\x12\x1b.lanewise.v1.ExplainRequest\x1a\x19.lanewise.v1.ExplainReply\x12J\n\nListModels\x12\x1e.lanewise.v1.ListModelsRequest\x1a\x1c.lanewise.v1.ListModelsReply2G\n\x05\x46leet\x12>\n\x08Snapshot\x12\x19.lanewise.v1.FleetRequest\x1a\x17.lanewise.v1.FleetReply2\xd2\x01\n\x06Worker\x12\x45\n\x07Session\x12\x1a.lanewise.v1.RouterMessage\x1a\x1a.lanewise.v1.WorkerMessage(\x01\x30\x01\x12\x44\n\x08\x44\x65scribe\x12\x1c.lanewise.v1.DescribeRequest\x1a\x1a.lanewise.v1.DescribeReply\x12;\n\x05\x44rain\x12\x19.lanewise.v1.DrainRequest\x1a\x17.lanewise.v1.DrainReplyb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blanewise/rpc/lanewise.proto\x12\x0blanewise.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.lanewise.v1.ChatMessage\"\xe6\x04\n\x0fSamplingOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12?\n\nlogit_bias\x18\t \x03(\x0b\x32+.lanewise.v1.SamplingOptions.LogitBiasEntry\x12\x11\n\x04seed\x18\n \x01(\x04H\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0b \x01(\rH\t\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_min_tokensB\x0b\n\t_logprobs\"\x9d\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.lanewise.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.lanewise.v1.ChatH\x00\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.lanewise.v1.SamplingOptions\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\t\n\x01n\x18\x07 \x01(\r\x12\x19\n\x11\x63lient_request_id\x18\x08 \x01(\t\x12\x1b\n\x0ettft_target_ms\x18\t \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06promptB\x11\n\x0f_ttft_target_ms\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"e\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.lanewise.v1.TopLogprob\"P\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"i\n\tTextDelta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.lanewise.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"i\n\x0b\x45rrorDetail\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\x12\x14\n\x0cshould_retry\x18\x05 \x01(\x08\"\x8b\x01\n\x08\x46inished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\'\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.lanewise.v1.ErrorDetail\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.lanewise.v1.Usage\x12\x13\n\x0bstop_reason\x18\x05 \x01(\t\"\x97\x01\n\rGenerateEvent\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.lanewise.v1.AcceptedH\x00\x12\'\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x16.lanewise.v1.TextDeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.lanewise.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"K\n\x0c\x45xplainReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05steps\x18\x02 \x03(\x0b\x32\x18.lanewise.v1.ExplainStep\"I\n\x0b\x45xplainStep\x12\r\n\x05\x61t_ms\x18\x01 \x01(\x01\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04what\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"\x13\n\x11ListModelsRequest\"9\n\x0fListModelsReply\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.lanewise.v1.ModelInfo\"3\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\"\x0e\n\x0c\x46leetRequest\"g\n\nFleetReply\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x10\n\x08\x61rrivals\x18\x02 \x01(\x04\x12\x0c\n\x04held\x18\x03 \x01(\r\x12)\n\x07workers\x18\x04 \x03(\x0b\x32\x18.lanewise.v1.FleetWorker\"\x95\x01\n\x0b\x46leetWorker\x12-\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x18.lanewise.v1.Description\x12!\n\x05stats\x18\x02 \x01(\x0b\x32\x12.lanewise.v1.Stats\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x13\n\x0bstats_age_s\x18\x04 \x01(\x01\x12\x10\n\x08inflight\x18\x05 \x01(\r\"\x85\x02\n\rRouterMessage\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.lanewise.v1.RouterHelloH\x00\x12%\n\x06submit\x18\x02 \x01(\x0b\x32\x13.lanewise.v1.SubmitH\x00\x12%\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x13.lanewise.v1.CancelH\x00\x12!\n\x04ping\x18\x04 \x01(\x0b\x32\x11.lanewise.v1.PingH\x00\x12(\n\x08set_lane\x18\x05 \x01(\x0b\x32\x14.lanewise.v1.SetLaneH\x00\x12#\n\x05peers\x18\x06 \x01(\x0b\x32\x12.lanewise.v1.PeersH\x00\x42\t\n\x07message\"M\n\x0bRouterHello\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x1c\n\x14\x65xpected_incarnation\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\r\"\x97\x03\n\x0cSamplingWire\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x01\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.lanewise.v1.SamplingWire.LogitBiasEntry\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobs\"\xa6\x02\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12\x1a\n\x12resumed_output_ids\x18\x05 \x03(\r\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.lanewise.v1.SamplingWire\x12\x1a\n\x12partner_kv_address\x18\x07 \x01(\t\x12\x1b\n\x13partner_incarnation\x18\x08 \x01(\t\x12\x12\n\ndeadline_s\x18\t \x01(\x01\x12\x1a\n\rttft_target_s\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0btenant_salt\x18\x0b \x01(\x0c\x42\x10\n\x0e_ttft_target_s\";\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x16\n\x04Ping\x12\x0e\n\x06number\x18\x01 \x01(\x04\"4\n\x07SetLane\x12\x0c\n\x04lane\x18\x01 \x01(\t\x12\x1b\n\x13\x65xpected_generation\x18\x02 \x01(\x04\")\n\x05Peers\x12 \n\x05peers\x18\x01 \x03(\x0b\x32\x11.lanewise.v1.Peer\"D\n\x04Peer\x12\x12\n\nkv_address\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\"\x97\x03\n\rWorkerMessage\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.lanewise.v1.WelcomeH\x00\x12/\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1b.lanewise.v1.SubmitAcceptedH\x00\x12!\n\x04step\x18\x03 \x01(\x0b\x32\x11.lanewise.v1.StepH\x00\x12+\n\tcommitted\x18\x04 \x01(\x0b\x32\x16.lanewise.v1.CommittedH\x00\x12\x36\n\x0ftransfer_failed\x18\x05 \x01(\x0b\x32\x1b.lanewise.v1.TransferFailedH\x00\x12#\n\x05stats\x18\x06 \x01(\x0b\x32\x12.lanewise.v1.StatsH\x00\x12*\n\x06\x62locks\x18\x07 \x01(\x0b\x32\x18.lanewise.v1.BlockEventsH\x00\x12%\n\x06\x66\x61iled\x18\x08 \x01(\x0b\x32\x13.lanewise.v1.FailedH\x00\x12!\n\x04pong\x18\t \x01(\x0b\x32\x11.lanewise.v1.PongH\x00\x42\t\n\x07message\"8\n\x07Welcome\x12-\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x18.lanewise.v1.Description\"J\n\x0eSubmitAccepted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"*\n\x05TopId\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xa1\x01\n\x08TokenOut\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x10\n\x08token_id\x18\x04 \x01(\r\x12\x14\n\x07logprob\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x03top\x18\x06 \x03(\x0b\x32\x12.lanewise.v1.TopId\x12\x0e\n\x06\x66inish\x18\x07 \x01(\tB\n\n\x08_logprob\"-\n\x04Step\x12%\n\x06tokens\x18\x01 \x03(\x0b\x32\x15.lanewise.v1.TokenOut\"_\n\tCommitted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x17\n\x0freceived_tokens\x18\x03 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x04\"a\n\x0eTransferFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x1c\n\x14\x66ingerprint_mismatch\x18\x04 \x01(\x08\"]\n\x06\x46\x61iled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x11\n\tretryable\x18\x05 \x01(\x08\"\x16\n\x04Pong\x12\x0e\n\x06number\x18\x01 \x01(\x04\"i\n\x08LinkInfo\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x1d\n\x15\x62\x61ndwidth_bytes_per_s\x18\x04 \x01(\x01\x12\x11\n\tlatency_s\x18\x05 \x01(\x01\"\xdc\x04\n\x05Stats\x12\x17\n\x0fqueued_requests\x18\x01 \x01(\r\x12\x15\n\rqueued_tokens\x18\x02 \x01(\x04\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x1e\n\x16running_context_tokens\x18\x04 \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\x05 \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x06 \x01(\x04\x12\x18\n\x10kv_cached_tokens\x18\x07 \x01(\x04\x12\x15\n\rdecode_step_s\x18\x08 \x01(\x01\x12\x14\n\x0cqueue_wait_s\x18\t \x01(\x01\x12*\n\x04\x63ost\x18\n \x03(\x0b\x32\x1c.lanewise.v1.Stats.CostEntry\x12\x0c\n\x04lane\x18\x0b \x01(\t\x12\x17\n\x0flane_generation\x18\x0c \x01(\x04\x12\x12\n\nlane_age_s\x18\r \x01(\x01\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\x12$\n\x05links\x18\x0f \x03(\x0b\x32\x15.lanewise.v1.LinkInfo\x12\x11\n\ttransfers\x18\x10 \x01(\r\x12\x13\n\x0bpreemptions\x18\x11 \x01(\x04\x12\x15\n\rleaked_blocks\x18\x12 \x01(\r\x12\x32\n\x08\x63ounters\x18\x13 \x03(\x0b\x32 .lanewise.v1.Stats.CountersEntry\x1a+\n\tCostEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"O\n\x0b\x42lockEvents\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x03 \x01(\x0c\x12\x0f\n\x07removed\x18\x04 \x01(\x0c\")\n\x0f\x44\x65scribeRequest\x12\x16\n\x0ewith_tokenizer\x18\x01 \x01(\x08\"\xa5\x03\n\x0b\x44\x65scription\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x12\n\nkv_address\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\x12K\n\x12\x66ingerprint_fields\x18\x08 \x03(\x0b\x32/.lanewise.v1.Description.FingerprintFieldsEntry\x12\x1a\n\x12max_context_tokens\x18\t \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\n \x01(\x04\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x0b\n\x03pid\x18\r \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x0e \x01(\x04\x12\x16\n\x0etokenizer_hash\x18\x0f \x01(\t\x1a\x38\n\x16\x46ingerprintFieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa3\x02\n\rDescribeReply\x12-\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x18.lanewise.v1.Description\x12\x16\n\x0etokenizer_json\x18\x02 \x01(\x0c\x12\x15\n\rchat_template\x18\x03 \x01(\t\x12\x45\n\x0especial_tokens\x18\x04 \x03(\x0b\x32-.lanewise.v1.DescribeReply.SpecialTokensEntry\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12 \n\x18generation_defaults_json\x18\x06 \x01(\t\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"\x1f\n\nDrainReply\x12\x11\n\tremaining\x18\x01 \x01(\r2\xe2\x01\n\tInference\x12\x46\n\x08Generate\x12\x1c.lanewise.v1.GenerateRequest\x1a\x1a.lanewise.v1.GenerateEvent0\x01\x12\x41\n\x07\x45xplain\x12\x1b.lanewise.v1.ExplainRequest\x1a\x19.lanewise.v1.ExplainReply\x12J\n\nListModels\x12\x1e.lanewise.v1.ListModelsRequest\x1a\x1c.lanewise.v1.ListModelsReply2G\n\x05\x46leet\x12>\n\x08Snapshot\x12\x19.lanewise.v1.FleetRequest\x1a\x17.lanewise.v1.FleetReply2\xd2\x01\n\x06Worker\x12\x45\n\x07Session\x12\x1a.lanewise.v1.RouterMessage\x1a\x1a.lanewise.v1.WorkerMessage(\x01\x30\x01\x12\x44\n\x08\x44\x65scribe\x12\x1c.lanewise.v1.DescribeRequest\x1a\x1a.lanewise.v1.DescribeReply\x12;\n\x05\x44rain\x12\x19.lanewise.v1.DrainRequest\x1a\x17.lanewise.v1.DrainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "lanewise.rpc.lanewise_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lanewise.rpc.lanewise_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_SAMPLINGOPTIONS_LOGITBIASENTRY"]._loaded_options = None
-    _globals["_SAMPLINGOPTIONS_LOGITBIASENTRY"]._serialized_options = b"8\001"
-    _globals["_SAMPLINGWIRE_LOGITBIASENTRY"]._loaded_options = None
-    _globals["_SAMPLINGWIRE_LOGITBIASENTRY"]._serialized_options = b"8\001"
-    _globals["_STATS_COSTENTRY"]._loaded_options = None
-    _globals["_STATS_COSTENTRY"]._serialized_options = b"8\001"
-    _globals["_DESCRIPTION_FINGERPRINTFIELDSENTRY"]._loaded_options = None
-    _globals["_DESCRIPTION_FINGERPRINTFIELDSENTRY"]._serialized_options = b"8\001"
-    _globals["_DESCRIBEREPLY_SPECIALTOKENSENTRY"]._loaded_options = None
-    _globals["_DESCRIBEREPLY_SPECIALTOKENSENTRY"]._serialized_options = b"8\001"
-    _globals["_TOKENIDS"]._serialized_start = 44
-    _globals["_TOKENIDS"]._serialized_end = 67
-    _globals["_CHATMESSAGE"]._serialized_start = 69
-    _globals["_CHATMESSAGE"]._serialized_end = 113
-    _globals["_CHAT"]._serialized_start = 115
-    _globals["_CHAT"]._serialized_end = 165
-    _globals["_SAMPLINGOPTIONS"]._serialized_start = 168
-    _globals["_SAMPLINGOPTIONS"]._serialized_end = 782
-    _globals["_SAMPLINGOPTIONS_LOGITBIASENTRY"]._serialized_start = 570
-    _globals["_SAMPLINGOPTIONS_LOGITBIASENTRY"]._serialized_end = 618
-    _globals["_GENERATEREQUEST"]._serialized_start = 785
-    _globals["_GENERATEREQUEST"]._serialized_end = 1070
-    _globals["_TOPLOGPROB"]._serialized_start = 1072
-    _globals["_TOPLOGPROB"]._serialized_end = 1133
-    _globals["_TOKENLOGPROB"]._serialized_start = 1135
-    _globals["_TOKENLOGPROB"]._serialized_end = 1236
-    _globals["_ACCEPTED"]._serialized_start = 1238
-    _globals["_ACCEPTED"]._serialized_end = 1318
-    _globals["_TEXTDELTA"]._serialized_start = 1320
-    _globals["_TEXTDELTA"]._serialized_end = 1425
-    _globals["_USAGE"]._serialized_start = 1427
-    _globals["_USAGE"]._serialized_end = 1507
-    _globals["_ERRORDETAIL"]._serialized_start = 1509
-    _globals["_ERRORDETAIL"]._serialized_end = 1614
-    _globals["_FINISHED"]._serialized_start = 1617
-    _globals["_FINISHED"]._serialized_end = 1756
-    _globals["_GENERATEEVENT"]._serialized_start = 1759
-    _globals["_GENERATEEVENT"]._serialized_end = 1910
-    _globals["_EXPLAINREQUEST"]._serialized_start = 1912
-    _globals["_EXPLAINREQUEST"]._serialized_end = 1948
-    _globals["_EXPLAINREPLY"]._serialized_start = 1950
-    _globals["_EXPLAINREPLY"]._serialized_end = 2025
-    _globals["_EXPLAINSTEP"]._serialized_start = 2027
-    _globals["_EXPLAINSTEP"]._serialized_end = 2100
-    _globals["_LISTMODELSREQUEST"]._serialized_start = 2102
-    _globals["_LISTMODELSREQUEST"]._serialized_end = 2121
-    _globals["_LISTMODELSREPLY"]._serialized_start = 2123
-    _globals["_LISTMODELSREPLY"]._serialized_end = 2180
-    _globals["_MODELINFO"]._serialized_start = 2182
-    _globals["_MODELINFO"]._serialized_end = 2233
-    _globals["_FLEETREQUEST"]._serialized_start = 2235
-    _globals["_FLEETREQUEST"]._serialized_end = 2249
-    _globals["_FLEETREPLY"]._serialized_start = 2251
-    _globals["_FLEETREPLY"]._serialized_end = 2354
-    _globals["_FLEETWORKER"]._serialized_start = 2357
-    _globals["_FLEETWORKER"]._serialized_end = 2506
-    _globals["_ROUTERMESSAGE"]._serialized_start = 2509
-    _globals["_ROUTERMESSAGE"]._serialized_end = 2770
-    _globals["_ROUTERHELLO"]._serialized_start = 2772
-    _globals["_ROUTERHELLO"]._serialized_end = 2849
-    _globals["_SAMPLINGWIRE"]._serialized_start = 2852
-    _globals["_SAMPLINGWIRE"]._serialized_end = 3259
-    _globals["_SAMPLINGWIRE_LOGITBIASENTRY"]._serialized_start = 570
-    _globals["_SAMPLINGWIRE_LOGITBIASENTRY"]._serialized_end = 618
-    _globals["_SUBMIT"]._serialized_start = 3262
-    _globals["_SUBMIT"]._serialized_end = 3556
-    _globals["_CANCEL"]._serialized_start = 3558
-    _globals["_CANCEL"]._serialized_end = 3617
-    _globals["_PING"]._serialized_start = 3619
-    _globals["_PING"]._serialized_end = 3641
-    _globals["_SETLANE"]._serialized_start = 3643
-    _globals["_SETLANE"]._serialized_end = 3695
-    _globals["_PEERS"]._serialized_start = 3697
-    _globals["_PEERS"]._serialized_end = 3738
-    _globals["_PEER"]._serialized_start = 3740
-    _globals["_PEER"]._serialized_end = 3808
-    _globals["_WORKERMESSAGE"]._serialized_start = 3811
-    _globals["_WORKERMESSAGE"]._serialized_end = 4218
-    _globals["_WELCOME"]._serialized_start = 4220
-    _globals["_WELCOME"]._serialized_end = 4276
-    _globals["_SUBMITACCEPTED"]._serialized_start = 4278
-    _globals["_SUBMITACCEPTED"]._serialized_end = 4352
-    _globals["_TOPID"]._serialized_start = 4354
-    _globals["_TOPID"]._serialized_end = 4396
-    _globals["_TOKENOUT"]._serialized_start = 4399
-    _globals["_TOKENOUT"]._serialized_end = 4560
-    _globals["_STEP"]._serialized_start = 4562
-    _globals["_STEP"]._serialized_end = 4607
-    _globals["_COMMITTED"]._serialized_start = 4609
-    _globals["_COMMITTED"]._serialized_end = 4704
-    _globals["_TRANSFERFAILED"]._serialized_start = 4706
-    _globals["_TRANSFERFAILED"]._serialized_end = 4803
-    _globals["_FAILED"]._serialized_start = 4805
-    _globals["_FAILED"]._serialized_end = 4898
-    _globals["_PONG"]._serialized_start = 4900
-    _globals["_PONG"]._serialized_end = 4922
-    _globals["_LINKINFO"]._serialized_start = 4924
-    _globals["_LINKINFO"]._serialized_end = 5029
-    _globals["_STATS"]._serialized_start = 5032
-    _globals["_STATS"]._serialized_end = 5535
-    _globals["_STATS_COSTENTRY"]._serialized_start = 5492
-    _globals["_STATS_COSTENTRY"]._serialized_end = 5535
-    _globals["_BLOCKEVENTS"]._serialized_start = 5537
-    _globals["_BLOCKEVENTS"]._serialized_end = 5616
-    _globals["_DESCRIBEREQUEST"]._serialized_start = 5618
-    _globals["_DESCRIBEREQUEST"]._serialized_end = 5659
-    _globals["_DESCRIPTION"]._serialized_start = 5662
-    _globals["_DESCRIPTION"]._serialized_end = 6083
-    _globals["_DESCRIPTION_FINGERPRINTFIELDSENTRY"]._serialized_start = 6027
-    _globals["_DESCRIPTION_FINGERPRINTFIELDSENTRY"]._serialized_end = 6083
-    _globals["_DESCRIBEREPLY"]._serialized_start = 6086
-    _globals["_DESCRIBEREPLY"]._serialized_end = 6377
-    _globals["_DESCRIBEREPLY_SPECIALTOKENSENTRY"]._serialized_start = 6325
-    _globals["_DESCRIBEREPLY_SPECIALTOKENSENTRY"]._serialized_end = 6377
-    _globals["_DRAINREQUEST"]._serialized_start = 6379
-    _globals["_DRAINREQUEST"]._serialized_end = 6412
-    _globals["_DRAINREPLY"]._serialized_start = 6414
-    _globals["_DRAINREPLY"]._serialized_end = 6445
-    _globals["_INFERENCE"]._serialized_start = 6448
-    _globals["_INFERENCE"]._serialized_end = 6674
-    _globals["_FLEET"]._serialized_start = 6676
-    _globals["_FLEET"]._serialized_end = 6747
-    _globals["_WORKER"]._serialized_start = 6750
-    _globals["_WORKER"]._serialized_end = 6960
+  DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_SAMPLINGWIRE_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGWIRE_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_STATS_COSTENTRY']._loaded_options = None
+  _globals['_STATS_COSTENTRY']._serialized_options = b'8\001'
+  _globals['_STATS_COUNTERSENTRY']._loaded_options = None
+  _globals['_STATS_COUNTERSENTRY']._serialized_options = b'8\001'
+  _globals['_DESCRIPTION_FINGERPRINTFIELDSENTRY']._loaded_options = None
+  _globals['_DESCRIPTION_FINGERPRINTFIELDSENTRY']._serialized_options = b'8\001'
+  _globals['_DESCRIBEREPLY_SPECIALTOKENSENTRY']._loaded_options = None
+  _globals['_DESCRIBEREPLY_SPECIALTOKENSENTRY']._serialized_options = b'8\001'
+  _globals['_TOKENIDS']._serialized_start=44
+  _globals['_TOKENIDS']._serialized_end=67
+  _globals['_CHATMESSAGE']._serialized_start=69
+  _globals['_CHATMESSAGE']._serialized_end=113
+  _globals['_CHAT']._serialized_start=115
+  _globals['_CHAT']._serialized_end=165
+  _globals['_SAMPLINGOPTIONS']._serialized_start=168
+  _globals['_SAMPLINGOPTIONS']._serialized_end=782
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=570
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=618
+  _globals['_GENERATEREQUEST']._serialized_start=785
+  _globals['_GENERATEREQUEST']._serialized_end=1070
+  _globals['_TOPLOGPROB']._serialized_start=1072
+  _globals['_TOPLOGPROB']._serialized_end=1133
+  _globals['_TOKENLOGPROB']._serialized_start=1135
+  _globals['_TOKENLOGPROB']._serialized_end=1236
+  _globals['_ACCEPTED']._serialized_start=1238
+  _globals['_ACCEPTED']._serialized_end=1318
+  _globals['_TEXTDELTA']._serialized_start=1320
+  _globals['_TEXTDELTA']._serialized_end=1425
+  _globals['_USAGE']._serialized_start=1427
+  _globals['_USAGE']._serialized_end=1507
+  _globals['_ERRORDETAIL']._serialized_start=1509
+  _globals['_ERRORDETAIL']._serialized_end=1614
+  _globals['_FINISHED']._serialized_start=1617
+  _globals['_FINISHED']._serialized_end=1756
+  _globals['_GENERATEEVENT']._serialized_start=1759
+  _globals['_GENERATEEVENT']._serialized_end=1910
+  _globals['_EXPLAINREQUEST']._serialized_start=1912
+  _globals['_EXPLAINREQUEST']._serialized_end=1948
+  _globals['_EXPLAINREPLY']._serialized_start=1950
+  _globals['_EXPLAINREPLY']._serialized_end=2025
+  _globals['_EXPLAINSTEP']._serialized_start=2027
+  _globals['_EXPLAINSTEP']._serialized_end=2100
+  _globals['_LISTMODELSREQUEST']._serialized_start=2102
+  _globals['_LISTMODELSREQUEST']._serialized_end=2121
+  _globals['_LISTMODELSREPLY']._serialized_start=2123
+  _globals['_LISTMODELSREPLY']._serialized_end=2180
+  _globals['_MODELINFO']._serialized_start=2182
+  _globals['_MODELINFO']._serialized_end=2233
+  _globals['_FLEETREQUEST']._serialized_start=2235
+  _globals['_FLEETREQUEST']._serialized_end=2249
+  _globals['_FLEETREPLY']._serialized_start=2251
+  _globals['_FLEETREPLY']._serialized_end=2354
+  _globals['_FLEETWORKER']._serialized_start=2357
+  _globals['_FLEETWORKER']._serialized_end=2506
+  _globals['_ROUTERMESSAGE']._serialized_start=2509
+  _globals['_ROUTERMESSAGE']._serialized_end=2770
+  _globals['_ROUTERHELLO']._serialized_start=2772
+  _globals['_ROUTERHELLO']._serialized_end=2849
+  _globals['_SAMPLINGWIRE']._serialized_start=2852
+  _globals['_SAMPLINGWIRE']._serialized_end=3259
+  _globals['_SAMPLINGWIRE_LOGITBIASENTRY']._serialized_start=570
+  _globals['_SAMPLINGWIRE_LOGITBIASENTRY']._serialized_end=618
+  _globals['_SUBMIT']._serialized_start=3262
+  _globals['_SUBMIT']._serialized_end=3556
+  _globals['_CANCEL']._serialized_start=3558
+  _globals['_CANCEL']._serialized_end=3617
+  _globals['_PING']._serialized_start=3619
+  _globals['_PING']._serialized_end=3641
+  _globals['_SETLANE']._serialized_start=3643
+  _globals['_SETLANE']._serialized_end=3695
+  _globals['_PEERS']._serialized_start=3697
+  _globals['_PEERS']._serialized_end=3738
+  _globals['_PEER']._serialized_start=3740
+  _globals['_PEER']._serialized_end=3808
+  _globals['_WORKERMESSAGE']._serialized_start=3811
+  _globals['_WORKERMESSAGE']._serialized_end=4218
+  _globals['_WELCOME']._serialized_start=4220
+  _globals['_WELCOME']._serialized_end=4276
+  _globals['_SUBMITACCEPTED']._serialized_start=4278
+  _globals['_SUBMITACCEPTED']._serialized_end=4352
+  _globals['_TOPID']._serialized_start=4354
+  _globals['_TOPID']._serialized_end=4396
+  _globals['_TOKENOUT']._serialized_start=4399
+  _globals['_TOKENOUT']._serialized_end=4560
+  _globals['_STEP']._serialized_start=4562
+  _globals['_STEP']._serialized_end=4607
+  _globals['_COMMITTED']._serialized_start=4609
+  _globals['_COMMITTED']._serialized_end=4704
+  _globals['_TRANSFERFAILED']._serialized_start=4706
+  _globals['_TRANSFERFAILED']._serialized_end=4803
+  _globals['_FAILED']._serialized_start=4805
+  _globals['_FAILED']._serialized_end=4898
+  _globals['_PONG']._serialized_start=4900
+  _globals['_PONG']._serialized_end=4922
+  _globals['_LINKINFO']._serialized_start=4924
+  _globals['_LINKINFO']._serialized_end=5029
+  _globals['_STATS']._serialized_start=5032
+  _globals['_STATS']._serialized_end=5636
+  _globals['_STATS_COSTENTRY']._serialized_start=5544
+  _globals['_STATS_COSTENTRY']._serialized_end=5587
+  _globals['_STATS_COUNTERSENTRY']._serialized_start=5589
+  _globals['_STATS_COUNTERSENTRY']._serialized_end=5636
+  _globals['_BLOCKEVENTS']._serialized_start=5638
+  _globals['_BLOCKEVENTS']._serialized_end=5717
+  _globals['_DESCRIBEREQUEST']._serialized_start=5719
+  _globals['_DESCRIBEREQUEST']._serialized_end=5760
+  _globals['_DESCRIPTION']._serialized_start=5763
+  _globals['_DESCRIPTION']._serialized_end=6184
+  _globals['_DESCRIPTION_FINGERPRINTFIELDSENTRY']._serialized_start=6128
+  _globals['_DESCRIPTION_FINGERPRINTFIELDSENTRY']._serialized_end=6184
+  _globals['_DESCRIBEREPLY']._serialized_start=6187
+  _globals['_DESCRIBEREPLY']._serialized_end=6478
+  _globals['_DESCRIBEREPLY_SPECIALTOKENSENTRY']._serialized_start=6426
+  _globals['_DESCRIBEREPLY_SPECIALTOKENSENTRY']._serialized_end=6478
+  _globals['_DRAINREQUEST']._serialized_start=6480
+  _globals['_DRAINREQUEST']._serialized_end=6513
+  _globals['_DRAINREPLY']._serialized_start=6515
+  _globals['_DRAINREPLY']._serialized_end=6546
+  _globals['_INFERENCE']._serialized_start=6549
+  _globals['_INFERENCE']._serialized_end=6775
+  _globals['_FLEET']._serialized_start=6777
+  _globals['_FLEET']._serialized_end=6848
+  _globals['_WORKER']._serialized_start=6851
+  _globals['_WORKER']._serialized_end=7061
 # @@protoc_insertion_point(module_scope)

@@ -513,7 +513,7 @@ class LinkInfo(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., bandwidth_bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("queued_requests", "queued_tokens", "running_requests", "running_context_tokens", "kv_used_tokens", "kv_capacity_tokens", "kv_cached_tokens", "decode_step_s", "queue_wait_s", "cost", "lane", "lane_generation", "lane_age_s", "draining", "links", "transfers", "preemptions", "leaked_blocks")
+    __slots__ = ("queued_requests", "queued_tokens", "running_requests", "running_context_tokens", "kv_used_tokens", "kv_capacity_tokens", "kv_cached_tokens", "decode_step_s", "queue_wait_s", "cost", "lane", "lane_generation", "lane_age_s", "draining", "links", "transfers", "preemptions", "leaked_blocks", "counters")
     class CostEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -521,6 +521,13 @@ class Stats(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -539,6 +546,7 @@ class Stats(_message.Message):
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     LEAKED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
     queued_requests: int
     queued_tokens: int
     running_requests: int
@@ -557,7 +565,8 @@ class Stats(_message.Message):
     transfers: int
     preemptions: int
     leaked_blocks: int
-    def __init__(self, queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., queue_wait_s: _Optional[float] = ..., cost: _Optional[_Mapping[str, float]] = ..., lane: _Optional[str] = ..., lane_generation: _Optional[int] = ..., lane_age_s: _Optional[float] = ..., draining: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., transfers: _Optional[int] = ..., preemptions: _Optional[int] = ..., leaked_blocks: _Optional[int] = ...) -> None: ...
+    counters: _containers.ScalarMap[str, int]
+    def __init__(self, queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., queue_wait_s: _Optional[float] = ..., cost: _Optional[_Mapping[str, float]] = ..., lane: _Optional[str] = ..., lane_generation: _Optional[int] = ..., lane_age_s: _Optional[float] = ..., draining: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., transfers: _Optional[int] = ..., preemptions: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class BlockEvents(_message.Message):
     __slots__ = ("number", "snapshot", "added", "removed")

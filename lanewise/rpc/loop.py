@@ -57,6 +57,8 @@ class WorkerLoop(ABC, Generic[A]):
         self.lane = Lane.ANY
         self.lane_generation = 0
         self.lane_moved_at = clock()
+        self.leaked_blocks = 0
+        self._audit_due = False
         self._newest: dict[str, int] = {}  # request id -> epoch of its open attempt
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -79,6 +81,10 @@ class WorkerLoop(ABC, Generic[A]):
     @abstractmethod
     def on_peers(self, peers: Iterable[tuple[str, str, str]]) -> None:
         """Decode workers (kv_address, incarnation, fingerprint) that may become partners."""
+
+    @abstractmethod
+    def audit(self) -> list[str]:
+        """Every inconsistency of the KV pool, given that nothing holds a page."""
 
     @abstractmethod
     def publish(self, now: float) -> None:
@@ -133,6 +139,7 @@ class WorkerLoop(ABC, Generic[A]):
                 now = self.clock()
                 self._expire(now)
                 sleep_s = self.turn(now)
+                self._audit_when_idle()
                 self.publish(self.clock())
                 self.outbox.flush()
         except BaseException:
@@ -160,6 +167,19 @@ class WorkerLoop(ABC, Generic[A]):
         return max(0.0, min(1.0 if sleep_s is None else sleep_s, nearest - now, 1.0))
 
     # ------------------------------------------------------------ rules
+
+    def pages_changed_hands(self) -> None:
+        """Something was released: audit the pool when the worker next falls idle."""
+        self._audit_due = True
+
+    def _audit_when_idle(self) -> None:
+        if not self._audit_due or not self.idle:
+            return
+        self._audit_due = False
+        defects = self.audit()
+        self.leaked_blocks = len(defects)
+        if defects:
+            log.error("kv_pool_audit_failed", defects=defects[:20])
 
     def _submit(self, session: str, submission: Submission) -> None:
         request_id, epoch = submission.key

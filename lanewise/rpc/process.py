@@ -85,7 +85,14 @@ def worker_facts(
         device=engine.device,
         pid=os.getpid(),
     )
-    return WorkerFacts(identity, read_tokenizer_files(engine.model_dir, engine.eos_ids), engine.memory_bytes)
+    return WorkerFacts(identity, read_tokenizer_files(engine.model_dir, engine.eos_ids), memory_in_use(engine))
+
+
+def memory_in_use(engine: EngineFacts) -> int:
+    """What this worker takes of its device: on a CPU the resident memory of the process."""
+    if engine.device != "cpu":
+        return engine.memory_bytes
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def serve_worker(config: WorkerConfig, facts: WorkerFacts, build: Callable[[Outbox], Running]) -> None:

@@ -65,7 +65,15 @@ def test_tokens_survive_the_wire(batch: list[Token]) -> None:
 
 def test_statistics_and_identity_survive_the_wire() -> None:
     link = Link("peer", LinkState.VERIFIED, "", 1e9, 0.001)
-    stats = WorkerStats(queued_tokens=7, cost={"a": 1.5}, lane=Lane.SHORT, draining=True, links=(link,), preemptions=3)
+    stats = WorkerStats(
+        queued_tokens=7,
+        cost={"a": 1.5},
+        counters={"bytes_sent": 9},
+        lane=Lane.SHORT,
+        draining=True,
+        links=(link,),
+        preemptions=3,
+    )
     assert convert.stats_from_wire(pb.Stats.FromString(convert.stats_to_wire(stats).SerializeToString())) == stats
     identity = WorkerIdentity(Role.DECODE, "d0", "inc", "a:1", "tcp://b:2", "m", "ff", {"k": "v"}, 9, 8, 7, "cpu", 6)
     assert convert.description_from_wire(convert.description_to_wire(identity)) == identity
