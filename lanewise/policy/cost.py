@@ -76,6 +76,20 @@ class CostModel:
             + self.request_s * requests
         )
 
+    def tokens_in(self, seconds: float) -> float:
+        """New tokens whose prefill batch lasts `seconds`, attention and head aside: the inverse of `batch`."""
+        linear = self.elementwise_s + self.comm_token_s
+        budget = seconds - self.launch_s - self.comm_s - self.request_s
+        if budget <= self.weights_s:
+            return 0.0
+        # (compute·n)² + weights² = (budget − linear·n)²
+        square = self.compute_s**2 - linear**2
+        constant = self.weights_s**2 - budget**2
+        if square <= 0:
+            return -constant / (2 * budget * linear)
+        half = budget * linear
+        return (sqrt(half * half - square * constant) - half) / square
+
     def prefill(self, chunks: Iterable[tuple[int, int, bool]]) -> float:
         """Time of one batch of (new tokens, cached tokens, finishes its prompt)."""
         tokens = finishing = requests = 0

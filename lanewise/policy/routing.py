@@ -19,6 +19,10 @@ from lanewise.policy.cost import CostModel
 SAMPLED = 4  # candidates scored by one of several routers, so that they do not herd to the same worker
 SAMPLE_FROM = 16  # prefill workers from which on a router samples; below, scoring all costs nothing
 
+FULL_BATCH = 0.14  # of the TTFT target: how long a full batch of the worker lasts (see length_aware.QUANTUM)
+AHEAD = 4.0  # queued work that a prompt waits for, in multiples of its own length
+BACKLOG = 0.05  # weight of the rest of the queue
+
 ROUTE_NAMES = ("lanewise", *BASELINES)
 
 
@@ -71,11 +75,20 @@ def worker_cost(view: WorkerView) -> CostModel:
     return _cost_of(tuple(view.stats.cost.items()))
 
 
-def queue_wait(view: WorkerView, uncached_tokens: int, cost: CostModel) -> float:
-    """Predicted wait for a prompt of this length: the worker computes shorter work first, so only work up to its own
-    length stands before it, and at most all that is queued."""
-    queued = view.stats.queued_tokens + view.inflight_tokens
-    return max(view.stats.queue_wait_s, queued * cost.token_s)
+def predicted_ttft(view: WorkerView, new: int, cached: int, cost: CostModel, target_s: float) -> float:
+    """Time to the first token of a prompt with `new` uncached tokens: what is left of the running batch, then its own
+    batches, with the queued work that goes before it or beside it.
+
+    The worker computes shorter work first, so a prompt waits for a few times its own length at most, however long the
+    queue is (`AHEAD`); a small share of the whole queue still counts, since late prompts wait for all of it.
+    """
+    running = view.stats.queue_wait_s
+    full = max(cost.tokens_in(FULL_BATCH * target_s), cost.knee_tokens, 1.0)
+    rate = cost.batch(int(full), 0.0, 0, 1) / int(full)
+    waiting = max(view.stats.queued_tokens + view.inflight_tokens - running / rate, 0.0)
+    total = min(waiting, max(AHEAD * new, full - new)) + new
+    own = cost.batch(int(min(total, full)), 0.0, 1, 1) + max(total - full, 0.0) * rate + cost.attention(new, cached)
+    return running + own + BACKLOG * waiting * rate
 
 
 def _eligible(view: WorkerView, request: RouteRequest) -> bool:
@@ -132,13 +145,13 @@ def _best_local(request: RouteRequest, decodes: Sequence[tuple[float, WorkerView
     best: tuple[float, str, Pair] | None = None
     for penalty, view in decodes:
         cost, new = worker_cost(view), _uncached(request, view)
-        wait = queue_wait(view, new, cost)
         own = cost.alone(new, request.prompt_tokens - new)
+        ttft = predicted_ttft(view, new, request.prompt_tokens - new, cost, request.ttft_target_s)
         disturbed = view.stats.running_requests * own / max(request.max_tokens, 1)
-        score = wait + own + penalty + disturbed
+        score = ttft + penalty + disturbed
         if best is None or (score, view.identity.incarnation) < best[:2]:
-            reason = f"local: wait {wait * 1e3:.0f} ms + prefill {own * 1e3:.0f} ms"
-            best = (score, view.identity.incarnation, Pair(None, view.identity.incarnation, wait + own, reason))
+            reason = f"local: prefill {own * 1e3:.0f} ms, waiting {max(ttft - own, 0) * 1e3:.0f} ms"
+            best = (score, view.identity.incarnation, Pair(None, view.identity.incarnation, ttft, reason))
     assert best is not None  # the caller has at least one decode worker
     return best[0], best[2]
 
@@ -168,12 +181,12 @@ def _best_remote(
     best: tuple[float, int, Pair] | None = None
     for place, (prefill, penalty, decode, link) in enumerate(candidates):
         cost, new = worker_cost(prefill), _uncached(request, prefill)
-        wait = queue_wait(prefill, new, cost)
         own = cost.alone(new, request.prompt_tokens - new)
-        score = wait + own + penalty + _transfer(request, link, decode, own)
+        ttft = predicted_ttft(prefill, new, request.prompt_tokens - new, cost, request.ttft_target_s)
+        score = ttft + penalty + _transfer(request, link, decode, own)
         turn = (place - seed) % len(candidates)  # equal scores take turns
         if best is None or (score, turn) < best[:2]:
-            reason = f"{policy}: wait {wait * 1e3:.0f} ms + prefill {own * 1e3:.0f} ms"
-            best = (score, turn, Pair(prefill.identity.incarnation, decode.identity.incarnation, wait + own, reason))
+            reason = f"{policy}: prefill {own * 1e3:.0f} ms, waiting {max(ttft - own, 0) * 1e3:.0f} ms"
+            best = (score, turn, Pair(prefill.identity.incarnation, decode.identity.incarnation, ttft, reason))
     assert best is not None
     return best[0], best[2]

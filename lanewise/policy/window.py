@@ -1,0 +1,44 @@
+"""The waiting window: whether to hold a thin batch for requests that are expected any moment.
+
+Owns: the arrival-rate estimate and the hold decision. Must not: hold when other work could use the time.
+"""
+
+from __future__ import annotations
+
+from math import exp, inf
+
+MEMORY_S = 10.0  # time constant of the rate: forgets a burst in seconds, in both directions
+
+
+class ArrivalRate:
+    """Exponentially weighted arrivals per second. Unlike the published depth estimate it rises and falls."""
+
+    def __init__(self) -> None:
+        self._rate = 0.0
+        self._last_s = -inf
+
+    def observe(self, now: float) -> None:
+        self._rate = self.at(now) + 1 / MEMORY_S
+        self._last_s = max(now, self._last_s)
+
+    def at(self, now: float) -> float:
+        """The estimate at `now`; with no arrivals it decays."""
+        return self._rate * exp(-max(now - self._last_s, 0.0) / MEMORY_S) if self._rate else 0.0
+
+
+def hold_until(
+    now: float, oldest_s: float, requests: int, batch_s: float, rate_per_s: float, slack_end_s: float
+) -> float | None:
+    """When to stop holding a thin batch, or None to run it now.
+
+    Waiting one expected gap costs every request in the batch that gap; it saves the newcomer the rest of a batch it
+    would otherwise have to wait out. `slack_end_s`: when the batch must start for all in it to be on time. The oldest
+    is held for half a batch at most, so that a burst of steady arrivals cannot hold it for ever.
+    """
+    if rate_per_s <= 0 or requests < 1:
+        return None
+    gap = 1 / rate_per_s
+    if gap * requests >= batch_s - gap:
+        return None
+    until = min(now + gap, oldest_s + batch_s / 2, slack_end_s)
+    return until if until > now else None
