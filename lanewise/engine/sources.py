@@ -18,8 +18,8 @@ Progress = Callable[[str, int, int], None]
 BUILTIN = "builtin://"
 HUB = "hf://"
 HUB_PATTERNS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
+    "model*.safetensors",  # not consolidated.safetensors, the same weights once more
+    "model.safetensors.index.json",
     "config.json",
     "generation_config.json",
     "tokenizer*",

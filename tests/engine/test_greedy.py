@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lanewise.engine.runner import Work
 from lanewise.request import Sampling
 
@@ -44,6 +46,27 @@ def test_prefilled_here_and_decoded_there(oracle, engine, load, driver):
         received.ids.append(seq.ids[-1])
         engine.pool.release(seq)
     assert drive.run(other, there) == oracle.outputs
+
+
+def test_the_built_in_model(load, driver):
+    """With trained weights, up to the first token whose best two logits rounding could swap."""
+    from transformers import AutoModelForCausalLM
+
+    engine = load("builtin://fable")
+    model = AutoModelForCausalLM.from_pretrained(engine.model_dir, dtype=torch.float32).eval()
+    prompts = [list(range(100, 110)), [7] * 70, list(range(1000, 1200))]
+    drive = driver()
+    outputs = drive.run(engine, drive.open(prompts, Sampling(max_tokens=32, temperature=0.0)))
+    compared = 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+        best = logits.topk(2).values
+        for token, row, (first, second) in zip(output, logits, best.tolist(), strict=True):
+            if first - second > 1e-3:
+                assert token == int(row.argmax())
+                compared += 1
+    assert compared > 80
 
 
 def test_layers_are_reported_once_their_kv_is_there(oracle, engine, driver):

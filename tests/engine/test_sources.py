@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -58,8 +59,10 @@ def test_hub_downloads_report_progress_and_are_filtered(tmp_path, monkeypatch):
 
     def snapshot_download(repo, *, revision, allow_patterns, tqdm_class):
         assert (repo, revision) == ("owner/name", "v1")
-        assert "*.safetensors" in allow_patterns
-        assert "*.bin" not in allow_patterns
+        wanted = ["model-00001-of-00002.safetensors", "tokenizer.json", "chat_template.jinja"]
+        assert all(any(fnmatch(name, pattern) for pattern in allow_patterns) for name in wanted)
+        unwanted = ["pytorch_model.bin", "consolidated.safetensors"]
+        assert not any(fnmatch(name, pattern) for name in unwanted for pattern in allow_patterns)
         with tqdm_class(total=10, unit="B", name="x") as bar:
             bar.update(4)
             bar.update(6)
