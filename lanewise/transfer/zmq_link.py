@@ -77,6 +77,7 @@ class SocketThread(ABC):
         self._order = itertools.count()
         self._closing_until: float | None = None
         self._ended = False
+        self._running = threading.RLock()  # contended only after the thread's end
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     # --- for any thread
@@ -86,11 +87,12 @@ class SocketThread(ABC):
         self._thread.start()
 
     def command(self, step: Callable[[float], None]) -> None:
-        """Runs a step on the transfer thread; RuntimeError once it has ended."""
-        if self._ended:
-            raise RuntimeError(f"{self._thread.name} is closed")
+        """Runs a step on the transfer thread; once that has ended, here, so that what is begun still gets its end."""
         self._commands.append(step)
-        self._wake()
+        if self._ended:
+            self._run_commands()
+        else:
+            self._wake()
 
     def join(self, timeout: float) -> None:
         """Ends every transfer, tells the partners, and stops; waits `timeout` for them to answer."""
@@ -158,8 +160,7 @@ class SocketThread(ABC):
                 self._guarded(self._turn)
         finally:
             self._ended = True
-            while self._commands:  # they came too late, and each still gets its event
-                self._guarded(self._commands.popleft(), time.monotonic())
+            self._run_commands()  # they came too late, and each still gets its event
             self.release()
 
     def _finished(self, now: float) -> bool:
@@ -180,12 +181,16 @@ class SocketThread(ABC):
                     self._guarded(self.on_readable, sock, time.monotonic())
             else:
                 self._drain_wake()
-        while self._commands:
-            self._guarded(self._commands.popleft(), time.monotonic())
+        self._run_commands()
         while self._delayed and self._delayed[0][0] <= time.monotonic():
             with contextlib.suppress(zmq.ZMQError):  # its socket may be closed by now
                 heapq.heappop(self._delayed)[2]()
         self._guarded(self.on_turn, time.monotonic())
+
+    def _run_commands(self) -> None:
+        with self._running:
+            while self._commands:
+                self._guarded(self._commands.popleft(), time.monotonic())
 
     def _drain_wake(self) -> None:
         try:

@@ -294,8 +294,12 @@ def test_close_of_the_sender_ends_everything_and_tells(net):
     prefill.sender.close(5.0)
     assert prefill.log.wait(Aborted, KEY, 0.1).reason == "the prefill worker is closing"
     assert "closing" in decode.log.wait(Aborted, KEY).reason
-    with pytest.raises(RuntimeError, match="closed"):
-        prefill.sender.begin(("late", 1), decode.peer, IDS, net.cache_key, [])
+    late = ("late", 1)
+    prefill.sender.begin(late, decode.peer, IDS, net.cache_key, [])
+    assert prefill.log.wait(Aborted, late, 0.1).reason == "the prefill worker is closing"
+    prefill.sender.ready(late, 1)
+    prefill.sender.abort(late, "again")
+    prefill.sender.connect(decode.peer)
 
 
 def test_close_of_the_receiver_ends_everything_and_tells(net):
@@ -307,6 +311,12 @@ def test_close_of_the_receiver_ends_everything_and_tells(net):
     decode.receiver.close(5.0)
     assert "closing" in decode.log.wait(Aborted, KEY, 0.1).reason
     assert "closing" in prefill.log.wait(Aborted, KEY).reason
+    late = ("late", 1)
+    decode.receiver.expect(late, IDS, net.cache_key)
+    decode.receiver.grant(late, [], 0)
+    decode.receiver.cancel(late, "again")
+    assert "closing" in decode.log.wait(Aborted, late, 0.1).reason
+    decode.log.wait(Drained, late, 0.1)
 
 
 def test_close_without_start(net):
