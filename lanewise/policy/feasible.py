@@ -50,8 +50,8 @@ def shortest_safe_first(kept: Sequence[Due], start_s: float, caution: float, unt
     """The kept jobs, least work first as long as those who are due earlier keep `caution` × that work as slack.
 
     Earliest deadline first keeps everyone on time but lets the short wait for the long; least work first is best for
-    the mean but spends the slack of the long on whoever comes. Overtaking only where slack abounds is both. Only the first
-    `until_s` seconds of work are ordered (more than one batch never runs); the rest follows by deadline.
+    the mean but spends the slack of the long on whoever comes. Overtaking only where slack abounds is both. Only the
+    first `until_s` seconds of work are ordered (more than one batch never runs); the rest follows by deadline.
     """
     rest, order, at = list(kept), [], start_s
     end = start_s + until_s

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from lanewise.fleet import FleetSnapshot, Link, LinkState, Pair, WorkerView
+from lanewise.fleet import FleetSnapshot, Lane, Link, LinkState, Pair, WorkerView
 from lanewise.policy.baseline_routing import BASELINES, mix
 from lanewise.policy.cost import CostModel
 
@@ -39,6 +39,7 @@ class RouteRequest:
     exclude: frozenset[str] = frozenset()
     kv_bytes_per_token: int = 0  # 0: transfer time is not predicted
     length_cuts: tuple[int, ...] = ()  # for `buckets`: ascending uncached lengths between the instances
+    lane: Lane = Lane.ANY  # of the request; instances of the other lane are used only where there is no other
     sampled: bool = False  # one of several routers: score a sample of a large fleet
 
 
@@ -172,6 +173,8 @@ def _best_remote(
                 candidates.append((prefill, *partner))
     if not candidates:
         return None
+    if request.lane is not Lane.ANY:
+        candidates = [c for c in candidates if c[0].stats.lane in (request.lane, Lane.ANY)] or candidates
     if policy != "lanewise":
         lengths = [_uncached(request, item[0]) for item in candidates]
         index = BASELINES[policy]([item[0] for item in candidates], lengths, request, seed)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lanewise.fleet import FleetSnapshot
+from lanewise.fleet import FleetSnapshot, Lane
 from lanewise.policy.admission import admit
 from lanewise.policy.baseline_routing import LengthBuckets
 from lanewise.policy.batching import make_batch_policy
@@ -97,7 +97,7 @@ class Cluster:
         ]
         self._prefill_index = {item.view().identity.incarnation: item for item in self.prefill}
         self._decode_index = {item.view().identity.incarnation: item for item in self.decode}
-        self._lanes = LANE_CONTROLLERS[config.lanes]() if config.lanes != "none" else None
+        self._lanes = LANE_CONTROLLERS[config.lanes](config.ttft_target_s) if config.lanes != "none" else None
         self._pending = 0
         self._next = 0
 
@@ -111,7 +111,7 @@ class Cluster:
             self.loop.at(requests[0].arrival_s, self._arrive, 0)
         if self._lanes is not None:
             for instance, lane in zip(self.prefill, self._lanes.start(len(self.prefill)), strict=True):
-                instance.lane = lane
+                instance.set_lane(lane)
             self.loop.at(PERIOD_S, self._move_lanes)
         self.loop.run()
         unfinished = [t for t in self.tracks if t.end_s is None]
@@ -158,6 +158,7 @@ class Cluster:
             config.tpot_target_s,
             request.output_tokens,
             length_cuts=cuts,
+            lane=self._lane_of(request, cached),
         )
         number = len(self.tracks)
         pair = choose_pair(ask, fleet, now, config.seed + number, config.routing)
@@ -177,6 +178,11 @@ class Cluster:
         instance = self._prefill_index[pair.prefill]
         track.prefill, track.cached = instance.index, cached.get(pair.prefill, 0)
         instance.submit(track, config.ttft_target_s)
+
+    def _lane_of(self, request: Request, cached: dict[str, int]) -> Lane:
+        if self._lanes is None or len(self.prefill) < 2:
+            return Lane.ANY
+        return self._lanes.lane_of(request.prompt_tokens - max(cached.values(), default=0), request.prompt_tokens)
 
     def _cached(self, request: Request) -> dict[str, int]:
         """Prefix hit by instance; at least one token is always computed."""
@@ -224,8 +230,9 @@ class Cluster:
 
     def _move_lanes(self, _: object) -> None:
         assert self._lanes is not None
-        for index, lane in self._lanes.propose(tuple(item.view() for item in self.prefill), self.loop.now):
-            self.prefill[index].lane = lane
+        move = self._lanes.propose([item.view() for item in self.prefill])
+        if move is not None:
+            self._prefill_index[move.incarnation].set_lane(move.to)
         if self._pending or self._next_arrival_left():
             self.loop.at(self.loop.now + PERIOD_S, self._move_lanes)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lanewise.fleet import Lane, Role, WorkerIdentity, WorkerStats, WorkerView
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
@@ -105,6 +106,7 @@ class PrefillInstance:
         self._stats = WorkerStats(cost=self._cost_map)
         self._batch_end_s = 0.0
         self.lane = Lane.ANY
+        self._lane_since_s, self._lane_generation = 0.0, 0
 
     def submit(self, track: Track, ttft_target_s: float) -> None:
         """A routed request arrives."""
@@ -128,12 +130,20 @@ class PrefillInstance:
         if not self._running:
             stats = self._idle_stats()
             return WorkerView(self._identity, stats, True, 0, 0)
-        stats = replace(self._stats, queue_wait_s=max(self._batch_end_s - self._loop.now, 0.0), lane=self.lane)
+        stats = replace(self._stats, queue_wait_s=max(self._batch_end_s - self._loop.now, 0.0), **self._lane())
         return WorkerView(self._identity, stats, True, self._since_requests, self._since_tokens)
+
+    def set_lane(self, lane: Lane) -> None:
+        self.lane, self._lane_since_s = lane, self._loop.now
+        self._lane_generation += 1
+
+    def _lane(self) -> dict[str, Any]:
+        age = self._loop.now - self._lane_since_s
+        return {"lane": self.lane, "lane_generation": self._lane_generation, "lane_age_s": age}
 
     def _idle_stats(self) -> WorkerStats:
         cached = len(self.cache) * BLOCK_TOKENS
-        return WorkerStats(cost=self._cost_map, kv_cached_tokens=cached, lane=self.lane)
+        return WorkerStats(cost=self._cost_map, kv_cached_tokens=cached, **self._lane())
 
     def _interrupt_hold(self) -> None:
         if self._wake % 2:  # odd: holding

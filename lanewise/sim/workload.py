@@ -118,6 +118,11 @@ def poisson(workload: Workload, rate: float, seed: int) -> Workload:
     return replace(workload, requests=tuple(moved))
 
 
+def one_token(workload: Workload) -> Workload:
+    """Outputs of one token: what prefill alone does."""
+    return replace(workload, requests=tuple(replace(r, output_tokens=1) for r in workload.requests))
+
+
 def closed_loop(workload: Workload, concurrency: int) -> Workload:
     """Every client sends its next request when its last one has ended."""
     return replace(workload, concurrency=concurrency)
