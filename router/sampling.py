@@ -135,11 +135,11 @@ def resolve(options: Options, model: Model, prompt_ids: Sequence[int]) -> Sampli
             f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; together the limit is {limit} tokens",
             "max_tokens",
         )
-    for name, ids in (("stop_token_ids", options.stop_token_ids), ("logit_bias", options.logit_bias)):
-        if any(not 0 <= token_id < model.vocab_size for token_id in ids):
-            raise invalid(f"{name} names a token id outside the vocabulary of {model.vocab_size}", name)
-    if any(not 0 <= token_id < model.vocab_size for token_id in prompt_ids):
-        raise invalid(f"the prompt holds a token id outside the vocabulary of {model.vocab_size}", "prompt")
+    named = (("stop_token_ids", options.stop_token_ids), ("logit_bias", options.logit_bias), ("prompt", prompt_ids))
+    for name, ids in named:
+        outside = next((token_id for token_id in ids if not 0 <= token_id < model.vocab_size), None)
+        if outside is not None:
+            raise invalid(f"{name} holds token id {outside}; the vocabulary has {model.vocab_size} tokens", name)
     return Sampling(
         max_tokens=max_tokens,
         temperature=_value("temperature", options, model),
