@@ -58,7 +58,7 @@ class Flight:
 
     def token(self, token: Token, source: str, now: float) -> list[Action]:
         attempt = self.attempt
-        if attempt is None or token.epoch != attempt.epoch:
+        if attempt is None or token.epoch != attempt.epoch or source not in attempt.engaged:
             return []
         if source == attempt.decode:
             attempt.decode_spoke = True

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
 from lanewise.errors import ErrorCode, LanewiseError, Retry, invalid
 from lanewise.router.auth import ApiKeys
@@ -39,6 +41,32 @@ _OPTIONAL = (
     "min_tokens",
     "logprobs",
 )
+
+
+def add_inference(service: InferenceService, server: grpc.aio.Server) -> None:
+    """As the generated registration does it, but a message that is no protobuf is the client's fault, not UNKNOWN."""
+    kinds: dict[str, tuple[Any, Any, Any]] = {
+        "Generate": (grpc.unary_stream_rpc_method_handler, pb.GenerateRequest, pb.GenerateEvent),
+        "Explain": (grpc.unary_unary_rpc_method_handler, pb.ExplainRequest, pb.ExplainReply),
+        "ListModels": (grpc.unary_unary_rpc_method_handler, pb.ListModelsRequest, pb.ListModelsReply),
+    }
+    handlers: dict[str, Any] = {
+        name: make(_readable(getattr(service, name), request), None, reply.SerializeToString)
+        for name, (make, request, reply) in kinds.items()
+    }
+    full_name = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(full_name, handlers),))
+
+
+def _readable(serve: Callable[[Any, Context], Awaitable[Any]], kind: Any) -> Callable[[bytes, Context], Awaitable[Any]]:
+    async def parsed(raw: bytes, context: Context) -> Any:
+        try:
+            request = kind.FromString(raw)
+        except DecodeError as error:
+            await abort(context, invalid(f"the message is not a {kind.DESCRIPTOR.name}: {error}"))
+        return await serve(request, context)
+
+    return parsed
 
 
 def request_from_wire(wire: pb.GenerateRequest, timeout_s: float | None, salt: bytes) -> GenerationRequest:

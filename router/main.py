@@ -29,7 +29,7 @@ from lanewise.router.catalog import Catalog
 from lanewise.router.discovery import StaticDiscovery
 from lanewise.router.dispatch import Dispatcher
 from lanewise.router.generation import Front
-from lanewise.router.grpc_server import FleetService, InferenceService
+from lanewise.router.grpc_server import FleetService, InferenceService, add_inference
 from lanewise.router.http_server import HttpServer
 from lanewise.router.metrics import RouterMetrics
 from lanewise.router.roster import Roster
@@ -144,8 +144,8 @@ class Router:
         self._server = grpc.aio.server(options=options)
         inference = InferenceService(self.front, self.catalog, self.dispatcher, self._keys)
         fleet = FleetService(self.incarnation, self.roster, self.dispatcher)
+        add_inference(inference, self._server)
         # grpcio's generated registration functions carry no types.
-        pb_grpc.add_InferenceServicer_to_server(inference, self._server)  # type: ignore[no-untyped-call]
         pb_grpc.add_FleetServicer_to_server(fleet, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = pb.DESCRIPTOR.services_by_name

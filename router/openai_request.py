@@ -211,7 +211,7 @@ def _parse(kind: type[B], raw: bytes) -> B:
     try:
         body = kind.model_validate_json(raw)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise _explain(error, raw) from None
     for name in kind.model_fields.keys() & _NEUTRAL.keys():
         value = getattr(body, name)
         if value is not None and value not in _NEUTRAL[name]:
@@ -219,8 +219,12 @@ def _parse(kind: type[B], raw: bytes) -> B:
     return body
 
 
-def _explain(error: ValidationError) -> LanewiseError:
+def _explain(error: ValidationError, raw: bytes) -> LanewiseError:
     """The first problem, in words that name the field as the client wrote it."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as broken:
+        return invalid(f"the body is not valid UTF-8: {broken.reason} at byte {broken.start}")
     first = error.errors(include_url=False, include_context=False)[0]
     kind, message = first["type"], first["msg"]
     if kind in ("json_invalid", "model_type") or not first["loc"]:

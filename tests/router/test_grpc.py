@@ -144,6 +144,11 @@ class TestErrors:
             False,
         )
 
+    async def test_a_message_that_is_no_protobuf(self, channel: grpc.aio.Channel) -> None:
+        call = channel.unary_stream("/lanewise.v1.Inference/Generate")
+        got, trailing = await status_of(call(b"\xff\xff not protobuf"))
+        assert (got, trailing["lanewise-code"]) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+
     async def test_retry_hint(self) -> None:
         async with rig("d", hold_timeout_s=0.05) as made:
             await made.decode.stop()
