@@ -14,8 +14,11 @@ from lanewise.tokenizer import Tokenizer
 _CONTEXT_TOKENS = 6
 """Prompt tokens decoded along with the first output: some decoders treat the start of a text specially."""
 
-_MAX_PENDING_TOKENS = 8
+_MAX_BROKEN_TOKENS = 8
 """A character has at most four bytes, hence tokens; what still looks incomplete after this is broken for good."""
+
+_MAX_WINDOW_TOKENS = 64
+"""Tokens without text, special ones in the main, do not pile up beyond this."""
 
 REPLACEMENT = "\ufffd"
 
@@ -31,20 +34,29 @@ class Detokenizer:
         if self._done_text.endswith(REPLACEMENT):  # the prompt ends inside a character: no context to build on
             self._window, self._done_text = [], ""
         self._num_done = len(self._window)
+        self._num_broken = 0  # pushes in a row that ended inside a character
+        self._last_text = ""
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        pending = len(self._window) - self._num_done
-        if len(text) <= len(self._done_text) and pending <= _MAX_PENDING_TOKENS:
-            return ""
-        if text.endswith(REPLACEMENT) and pending <= _MAX_PENDING_TOKENS:
-            return ""
+        if len(self._window) - self._num_done < _MAX_WINDOW_TOKENS:
+            if len(text) <= len(self._done_text):
+                return ""  # a special token, or a space that a decoder strips at the start
+            if text.endswith(REPLACEMENT) and self._num_broken < _MAX_BROKEN_TOKENS:
+                self._num_broken += text != self._last_text  # a special token in between adds nothing
+                self._last_text = text
+                return ""
+        self._num_broken, self._last_text = 0, ""
         new = text[len(self._done_text) :]
         self._window = self._window[self._num_done :]
         self._num_done = len(self._window)
         self._done_text = self._tokenizer.decode(self._window)
         return new
+
+    def flush(self) -> str:
+        """Whole characters that came in one token with the beginning of a character that nothing completes."""
+        return self._tokenizer.decode(self._window)[len(self._done_text) :].rstrip(REPLACEMENT)
 
 
 class _Matcher:
@@ -138,4 +150,5 @@ class TextStream:
 
     def flush(self) -> str:
         """What was held back. An incomplete character at the very end is dropped: it will never be whole."""
-        return self._stops.flush()
+        text, stop = self._stops.push(self._detokenizer.flush())
+        return text if stop is not None else text + self._stops.flush()
