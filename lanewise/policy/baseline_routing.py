@@ -9,9 +9,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lanewise.fleet import WorkerView
+from lanewise.policy.cost import CostModel
 
 if TYPE_CHECKING:
     from lanewise.policy.routing import RouteRequest
@@ -30,8 +32,20 @@ def mix(seed: int, salt: int = 0) -> int:
     return value ^ (value >> 31)
 
 
-def load_tokens(view: WorkerView) -> int:
-    return view.stats.queued_tokens + view.inflight_tokens
+@lru_cache(maxsize=1024)
+def _cost_of(items: tuple[tuple[str, float], ...]) -> CostModel:
+    return CostModel.from_mapping(dict(items))
+
+
+def worker_cost(view: WorkerView) -> CostModel:
+    """The worker's fitted cost model, as it advertises it."""
+    return _cost_of(tuple(view.stats.cost.items()))
+
+
+def load_tokens(view: WorkerView) -> float:
+    """Tokens not computed yet, what is left of the running batch included."""
+    running = view.stats.queue_wait_s / worker_cost(view).token_s
+    return view.stats.queued_tokens + view.inflight_tokens + running
 
 
 def load_requests(view: WorkerView) -> int:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from lanewise.fleet import Lane, WorkerView
-from lanewise.policy.routing import predicted_ttft, worker_cost
+from lanewise.policy.baseline_routing import worker_cost
+from lanewise.policy.routing import predicted_ttft
 
 PERIOD_S = 5.0
 COOLDOWN_S = 10.0  # an instance that moved stays; with PERIOD_S this follows a change of mix within 30 s
@@ -52,12 +53,10 @@ def propose_move(prefill: Sequence[WorkerView], p90_tokens: Mapping[Lane, int], 
     hot, cold = sorted(load, key=lambda lane: -load[lane])
     if load[hot] < HOT or load[hot] <= (1 + HYSTERESIS) * load[cold] or len(lanes[cold]) <= MINIMUM:
         return None
-    movable = (v for v in lanes[cold] if v.ready and not v.stats.draining)
-    moved = min(
-        movable, key=lambda v: (v.stats.queued_tokens + v.inflight_tokens, v.identity.incarnation), default=None
-    )
-    if moved is None:
+    movable = [view for view in lanes[cold] if view.ready and not view.stats.draining]
+    if not movable:
         return None
+    moved = min(movable, key=lambda v: (v.stats.queued_tokens + v.inflight_tokens, v.identity.incarnation))
     reason = f"predicted P90 TTFT / target: {hot.value} {load[hot]:.2f}, {cold.value} {load[cold]:.2f}"
     return LaneMove(moved.identity.incarnation, hot, moved.stats.lane_generation, reason)
 

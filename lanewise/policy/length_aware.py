@@ -14,17 +14,19 @@ from math import inf, sqrt
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
 from lanewise.policy.cost import CostModel
 from lanewise.policy.feasible import Due, keep_most, shortest_safe_first
-from lanewise.policy.window import ArrivalRate, hold_until
+from lanewise.policy.window import FEW_SURPRISES, ArrivalRate, Surprises, hold_until
 
 DEFAULT_TARGET_S = 0.4
 QUANTUM = 0.12  # of the TTFT target one batch may last: a newcomer loses at most this much to the batch before it
 BUSY_QUANTUM = 0.195  # the same once late work has piled up: larger batches waste less, and those who wait profit
+ECHO_QUANTUM = 0.3  # the same when requests come only in answer to batches (closed loops): nobody to be blocked,
+ECHO_ALL = 8  # ... and with no more requests than this everything goes into one batch
 PILE = 10.0  # targets' worth of late work at which the quantum has grown to BUSY_QUANTUM
 MIN_KNEES = 1.5  # a batch is never planned smaller than this many knees: below, weight reads eat the time saved
 CAUTION = 2.0  # a request is overtaken only while its slack is this many times the work that overtakes it
 SENIORITY = 10.0  # a late request ranks as if it had come this many times its own work later ...
 SENIORITY_CAP = 25.0  # ... but at most this many targets: ageing
-STALL = 25.0  # targets without service after which the late get a share of every batch, whatever is urgent
+STALL = 2.0  # targets without service after which the late get a share of every batch, whatever is urgent
 STALL_SHARE = 0.25
 
 
@@ -46,6 +48,7 @@ class LengthAware(BatchPolicy):
         self._late_served_s: float | None = None  # last time a batch held late work; None: no late work waits
         self._count = 0
         self._rate = ArrivalRate()
+        self._surprises = Surprises()
         self._target_s = DEFAULT_TARGET_S
         self._sized_for: tuple[CostModel, float, int] | None = None
         self._sizes()
@@ -54,10 +57,14 @@ class LengthAware(BatchPolicy):
 
     def add(self, job: Job) -> None:
         self._rate.observe(job.arrival_s)
+        self._surprises.arrival(job.arrival_s, QUANTUM * self._target_s)
         target = job.ttft_deadline_s - job.arrival_s
         if 0 < target < inf:
             self._target_s += 0.1 * (target - self._target_s)
         super().add(job)
+
+    def observe(self, plan: BatchPlan, now: float, duration_s: float) -> None:
+        self._surprises.border(now)
 
     def _enqueue(self, job: Job) -> None:
         self._hopeful[job.key] = Due(job.key, self._seconds(job), job.ttft_deadline_s, job.arrival_s)
@@ -109,6 +116,7 @@ class LengthAware(BatchPolicy):
         least = MIN_KNEES * self.cost.knee_tokens
         self._small = self._tokens_in(QUANTUM * self._target_s, least)
         self._large = max(self._tokens_in(BUSY_QUANTUM * self._target_s, least), self._small)
+        self._echo = max(self._tokens_in(ECHO_QUANTUM * self._target_s, least), self._large)
         self._full_rate = self.cost.batch(self._large, 0.0, 0, 1) / self._large
         self._least_batch_s = self.cost.batch(1, 0.0, 1, 1)
 
@@ -124,8 +132,7 @@ class LengthAware(BatchPolicy):
         self._give_up_late(now)
         kept, given_up = keep_most(list(self._hopeful.values()), now + self._least_batch_s)
         kept = shortest_safe_first(kept, now + self._least_batch_s, CAUTION, self._large * self._full_rate)
-        pile = min(self._late_seconds / (PILE * self._target_s), 1.0)
-        budget = self._small + int((self._large - self._small) * pile)
+        budget = self._budget()
         batch = _Batch(self.cost, budget, now)
         stalled = self._stalled(now)
         if stalled is not None:
@@ -145,7 +152,15 @@ class LengthAware(BatchPolicy):
             self._late_served_s = None
         elif self._late_served_s is None or any(key in self._late for key, _ in batch.chunks):
             self._late_served_s = now
+        self._surprises.border(now)
         return BatchPlan(tuple(batch.chunks))
+
+    def _budget(self) -> int:
+        """New tokens of the next batch: more as late work piles up, most where no arrival can be blocked."""
+        if self._surprises.share < FEW_SURPRISES:
+            return self._echo if len(self.jobs) > ECHO_ALL else self.max_batch_tokens
+        pile = min(self._late_seconds / (PILE * self._target_s), 1.0)
+        return self._small + int((self._large - self._small) * pile)
 
     def _give_up_late(self, now: float) -> None:
         """Who could not be on time even alone is late from now on."""

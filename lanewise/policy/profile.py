@@ -7,7 +7,7 @@ Owns: the records, their YAML form, the shipped models and devices (`profiles/*.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -68,6 +68,8 @@ class Profile:
     price_per_hour: float = 0.0
     kv_link_gbps: float = 100.0
     kv_link_latency_us: float = 100.0
+    model: str = ""  # of a shipped profile
+    device: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -132,6 +134,8 @@ def make_profile(model: str, device: str, tensor_parallel: int = 0, **overrides:
         kv_bytes_per_token=m.kv_bytes_per_token,
         kv_capacity_tokens=capacity,
         gpus=tp,
+        model=model,
+        device=device,
         watts=tp * d.watts,
         price_per_hour=tp * d.price_per_hour,
     )
@@ -170,6 +174,4 @@ def parse_profile(data: Mapping[str, Any], where: str = "profile") -> Profile:
         raise ConfigError(f"{where}: missing field {error}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from error
-    from dataclasses import replace
-
     return replace(profile, **changes, notes=dict(data.get("notes", {})))

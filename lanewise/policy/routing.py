@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Literal
 
 from lanewise.fleet import FleetSnapshot, Lane, Link, LinkState, Pair, WorkerView
-from lanewise.policy.baseline_routing import BASELINES, mix
+from lanewise.policy.baseline_routing import BASELINES, mix, worker_cost
 from lanewise.policy.cost import CostModel
 
 SAMPLED = 4  # candidates scored by one of several routers, so that they do not herd to the same worker
@@ -66,16 +65,6 @@ def choose_pair(
     return remote[1] if request.disaggregation == "Always" or remote[0] < local[0] else local[1]
 
 
-@lru_cache(maxsize=1024)
-def _cost_of(items: tuple[tuple[str, float], ...]) -> CostModel:
-    return CostModel.from_mapping(dict(items))
-
-
-def worker_cost(view: WorkerView) -> CostModel:
-    """The worker's fitted cost model, as it advertises it."""
-    return _cost_of(tuple(view.stats.cost.items()))
-
-
 def predicted_ttft(view: WorkerView, new: int, cached: int, cost: CostModel, target_s: float) -> float:
     """Time to the first token of a prompt with `new` uncached tokens: what is left of the running batch, then its own
     batches, with the queued work that goes before it or beside it.
@@ -86,9 +75,11 @@ def predicted_ttft(view: WorkerView, new: int, cached: int, cost: CostModel, tar
     running = view.stats.queue_wait_s
     full = max(cost.tokens_in(FULL_BATCH * target_s), cost.knee_tokens, 1.0)
     rate = cost.batch(int(full), 0.0, 0, 1) / int(full)
-    waiting = max(view.stats.queued_tokens + view.inflight_tokens - running / rate, 0.0)
+    waiting = view.stats.queued_tokens + view.inflight_tokens
     total = min(waiting, max(AHEAD * new, full - new)) + new
     own = cost.batch(int(min(total, full)), 0.0, 1, 1) + max(total - full, 0.0) * rate + cost.attention(new, cached)
+    if running + own > target_s:  # it will be late, and the late are served by arrival: it waits for all of them
+        own += max(waiting - total + new, 0.0) * rate
     return running + own + BACKLOG * waiting * rate
 
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from math import exp, inf
 
+ECHO = 0.25  # of a batch: an arrival this soon after a border is an answer to it
+FEW_SURPRISES = 0.1
+SURPRISE_MEMORY = 32  # arrivals
 MEMORY_S = 10.0  # time constant of the rate: forgets a burst in seconds, in both directions
 
 
@@ -24,6 +27,26 @@ class ArrivalRate:
     def at(self, now: float) -> float:
         """The estimate at `now`; with no arrivals it decays."""
         return self._rate * exp(-max(now - self._last_s, 0.0) / MEMORY_S) if self._rate else 0.0
+
+
+class Surprises:
+    """Share of recent arrivals that did not follow a batch border at once.
+
+    In a closed loop every request answers the end of a batch: it comes just after a border, and no batch, however long,
+    keeps it waiting. Open arrivals come at any time, and the size of a batch is what they wait for.
+    """
+
+    def __init__(self) -> None:
+        self.share = 1.0
+        self._border_s = -inf
+
+    def border(self, now: float) -> None:
+        """A batch ended, or began."""
+        self._border_s = now
+
+    def arrival(self, now: float, quantum_s: float) -> None:
+        surprise = now - self._border_s > ECHO * quantum_s
+        self.share += (surprise - self.share) / SURPRISE_MEMORY
 
 
 def hold_until(

@@ -37,7 +37,7 @@ from lanewise.sim.workload import (
     select,
 )
 
-DEFAULT_BATCH_TOKENS = 2048  # a ceiling: the length-aware policy derives its own, smaller batches from cost and target
+DEFAULT_BATCH_TOKENS = 8192  # a ceiling: the length-aware policy derives its own, smaller batches from cost and target
 
 EXAMPLE = """example:
   lanewise sim deploy/samples/sim-h200-qwen2.5-32b.yaml --trace trace.csv --rate-scale 0.65 \\
@@ -207,7 +207,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot(outcomes, base.ttft_target_s, args.plot)
     if str(args.json) != "-":
-        Console().print(table(results))
+        out = Console()
+        (out if out.is_terminal else Console(width=120)).print(table(results))
     return 0
 
 

@@ -164,7 +164,7 @@ class PrefillInstance:
         self.busy_s += duration
         self.batches += 1
         self._batch_end_s = now + duration
-        self._publish()
+        self._publish(plan.tokens)
         self._loop.at(now + duration, self._end, (plan, duration))
 
     def _end_hold(self, wake: int) -> None:
@@ -183,10 +183,10 @@ class PrefillInstance:
             finishing += new == job.remaining_tokens
         return cost.batch(tokens, attention, finishing, len(plan.chunks))
 
-    def _publish(self) -> None:
+    def _publish(self, running_tokens: int) -> None:
         self._stats = WorkerStats(
             queued_requests=self.queued_requests,
-            queued_tokens=self.queued_tokens,
+            queued_tokens=self.queued_tokens - running_tokens,
             cost=self._cost_map,
             kv_cached_tokens=len(self.cache) * BLOCK_TOKENS,
         )
@@ -194,6 +194,7 @@ class PrefillInstance:
 
     def _end(self, argument: tuple[BatchPlan, float]) -> None:
         plan, duration = argument
+        self.policy.observe(plan, self._loop.now, duration)  # first: the ends below may bring new requests at once
         for key, new in plan.chunks:
             done = self.policy.jobs[key].remaining_tokens == new
             self.policy.progress(key, new)
@@ -205,5 +206,4 @@ class PrefillInstance:
                 if track.request.block_ranges:
                     self.cache.insert(track.request.blocks())
             self._on_chunk(track, new, done)
-        self.policy.observe(plan, self._loop.now, duration)
         self._start(None)

@@ -10,6 +10,7 @@ from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from lanewise.sim.bound import Bound
@@ -99,7 +100,7 @@ def _milliseconds(values: Sequence[float]) -> dict[str, float | None] | None:
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
     """One row per run, and the certificate below where there is one."""
-    view = Table(title=f"{results[0]['trace']}: {results[0]['requests']} requests", title_justify="left")
+    view = Table(title=f"{results[0]['trace']}: {results[0]['requests']} requests", title_justify="left", box=SIMPLE)
     for name in (
         "policy",
         "mean ms",
