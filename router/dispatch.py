@@ -18,7 +18,7 @@ import structlog
 from lanewise.config import RouterConfig
 from lanewise.errors import ErrorCode, LanewiseError
 from lanewise.policy.admission import admit
-from lanewise.request import Failure, FinishReason, Mode, Token
+from lanewise.request import Failure, Mode, Token
 from lanewise.router.flight import Flight
 from lanewise.router.metrics import RouterMetrics
 from lanewise.router.orders import Action, Cancel, Emit, End, Limits, Order, Phase, Release, Submit
@@ -265,8 +265,7 @@ class Dispatcher:
             self.idle.set()
         if entry.timer is not None:
             entry.timer.cancel()
-        failed = end.error if end.reason is FinishReason.ERROR else None
-        self._metrics.finished.labels(failed.code if failed else end.reason).inc()
+        self._metrics.finished.labels(end.error.code if end.error else end.reason).inc()
         self._metrics.e2e.observe(now - entry.started_at)
         if len(flight.output_ids) > 1:
             self._metrics.tpot.observe((entry.last_at - entry.first_at) / (len(flight.output_ids) - 1))

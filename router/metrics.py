@@ -39,7 +39,9 @@ class RouterMetrics:
         self.ttft = make.latency("ttft", "arrival at the router to the first token")
         self.tpot = make.latency("tpot", "mean time per output token after the first, by request")
         self.e2e = make.latency("e2e", "arrival at the router to the end of the request")
-        self.finished = make.counter("requests", "requests by how they ended", ("outcome",))
+        self.finished = make.counter(
+            "requests", "requests by how they ended: stop, length, or an error code", ("outcome",)
+        )
         self.arrivals = make.counter("arrivals", "requests accepted")
         self.prompt_tokens = make.counter("prompt_tokens", "prompt tokens of accepted requests")
         self.output_tokens = make.counter("output_tokens", "tokens forwarded to clients")

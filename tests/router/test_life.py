@@ -181,7 +181,7 @@ class TestClients:
                 await until(lambda before=before: len(made.decode.cancels) > before)
                 made.decode.on_submit = made.decode.silent
             assert made.router.dispatcher.num_running == 0
-            assert b'lanewise_requests_total{outcome="cancelled"} 2.0' in made.router.metrics.render()
+            assert b'lanewise_requests_total{outcome="CANCELLED"} 2.0' in made.router.metrics.render()
 
     async def test_client_that_takes_nothing_is_cut_off(self) -> None:
         async with rig("d", client_stall_s=0.2) as made:
