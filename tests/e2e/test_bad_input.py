@@ -194,4 +194,4 @@ def running_requests(service: Service) -> int:
 
 
 def cancelled(service: Service) -> float:
-    return service.metric("lanewise_requests_total", outcome="cancelled")
+    return service.metric("lanewise_requests_total", outcome="CANCELLED")
