@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import time
 import uuid
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ from lanewise.rpc.process import die
 from lanewise.telemetry import setup_logging
 
 FLUSH_S = 5.0  # after the last request has ended: for its last bytes to leave
+BACKLOG = 1024
+# The kernel would buffer megabytes for a client that reads nothing, and so hide that it does not.
+UNSENT_BYTES = 16 * 1024
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -93,6 +97,17 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+def _listen(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        listener = socket.create_server((address.host, address.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {address}: {error}") from error
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # accepted connections inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+    return listener
+
+
 class Router:
     """One router, startable in any event loop (a test runs several in one process)."""
 
@@ -121,11 +136,7 @@ class Router:
             server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=FLUSH_S, keepalive_timeout=75
         )
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self.http.host, self.http.port, backlog=1024)
-        try:
-            await site.start()
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {self.http}: {error}") from error
+        await web.SockSite(self._runner, _listen(self.http), backlog=BACKLOG).start()
         self.http = Address(self.http.host, self._runner.addresses[0][1])
         await self._start_grpc()
         self._sessions = asyncio.create_task(self.roster.run(StaticDiscovery(config.workers)))
