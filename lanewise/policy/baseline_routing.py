@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BALANCE_ABS = 64  # SGLang's cache-aware rule: beyond both imbalances it balances instead of seeking the cache
 BALANCE_REL = 1.5
 CACHE_THRESHOLD = 0.3
+BUCKET_IMBALANCE = 2048  # tokens of difference from which `buckets` balances instead
 RECUT_S = 5.0
 
 
@@ -85,7 +86,7 @@ def _cache_aware(views: Sequence[WorkerView], lengths: Sequence[int], request: R
 def _buckets(views: Sequence[WorkerView], lengths: Sequence[int], request: RouteRequest, seed: int) -> int:
     """SGLang `bucket`: one length range per instance; least loaded when loads are far apart."""
     loads = [load_tokens(view) for view in views]
-    if max(loads) - min(loads) > max(BALANCE_REL * min(loads), 8192):
+    if max(loads) - min(loads) > BUCKET_IMBALANCE and max(loads) > BALANCE_REL * min(loads):
         return loads.index(min(loads))
     return min(bisect_left(request.length_cuts, min(lengths)), len(views) - 1)
 

@@ -34,10 +34,15 @@ class LaneMove:
 
 
 def pressure(views: Sequence[WorkerView], tokens: int, target_s: float) -> float:
-    """Predicted P90 TTFT over target of prompts of this length in a lane."""
+    """Predicted P90 TTFT over target of prompts of this length in a lane, beyond what they take alone.
+
+    What a prompt takes alone is no fault of the lane: counted, it would draw instances to the long lane for ever.
+    """
     if not views:
         return float("inf")
-    times = sorted(predicted_ttft(view, max(tokens, 1), 0, worker_cost(view), target_s) for view in views)
+    costs = [(view, worker_cost(view)) for view in views]
+    length = max(tokens, 1)
+    times = sorted(predicted_ttft(v, length, 0, cost, target_s) - cost.alone(length) for v, cost in costs)
     return times[ceil(0.9 * len(times)) - 1] / target_s
 
 

@@ -26,7 +26,7 @@ MIN_KNEES = 1.5  # a batch is never planned smaller than this many knees: below,
 CAUTION = 2.0  # a request is overtaken only while its slack is this many times the work that overtakes it
 SENIORITY = 10.0  # a late request ranks as if it had come this many times its own work later ...
 SENIORITY_CAP = 25.0  # ... but at most this many targets: ageing
-STALL = 2.0  # targets without service after which the late get a share of every batch, whatever is urgent
+STALL = 10.0  # targets without service after which the first of the late gets a share of every batch
 STALL_SHARE = 0.25
 
 
@@ -142,15 +142,17 @@ class LengthAware(BatchPolicy):
             batch.add_on_time(job)
         for due in given_up:
             batch.add(self.jobs[due.key])
+        served = False  # beyond the share of the stalled: that goes on until the late are served without it
         for _, _, late in self._late_queue:
             if batch.full or not batch.add(late.job):
                 break
+            served = served or late.job is not stalled
         held = None if self._late or given_up else self._hold(on_time, batch, now)
         if held is not None:
             return BatchPlan(wait_until_s=held)
         if not self._late:
             self._late_served_s = None
-        elif self._late_served_s is None or any(key in self._late for key, _ in batch.chunks):
+        elif self._late_served_s is None or served:
             self._late_served_s = now
         self._surprises.border(now)
         return BatchPlan(tuple(batch.chunks))

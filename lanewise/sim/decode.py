@@ -98,6 +98,7 @@ class DecodeInstance:
         now = self._loop.now
         if not self._active:
             self._active = True
+            self._steps_planned = 0
             self._plan_id += 1
             self._loop.at(now, self._border, (self._plan_id, 0, None))
         elif self._steps_planned > 1:
