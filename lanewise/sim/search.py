@@ -15,7 +15,7 @@ from lanewise.sim.report import summarise
 from lanewise.sim.workload import Workload, scale_rate
 
 MIXED_POLICY = "fcfs-512"  # decode-first chunked prefill with a 512-token budget
-RATE_STEPS = 5  # halvings of the load interval: within 3 % of its width
+RATE_STEPS = 7  # halvings of the load interval
 
 
 @dataclass(frozen=True, slots=True)
