@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install up down test test-fast lint soak bench clean
+.PHONY: help install up down test test-fast lint soak bench bench-sim clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -38,8 +38,12 @@ test-fast: install lint  ## without real processes
 soak: install  ## long chaos, fuzz and load
 	$(BIN)/pytest -m slow
 
-bench: install  ## measurements; never part of the tests
-	$(BIN)/python benchmarks/run.py
+bench: bench-sim  ## measurements; never part of the tests
+	$(BIN)/python benchmarks/router_overhead.py
+	$(BIN)/python benchmarks/kv_channel.py
+
+bench-sim: install  ## the scheduling tables of docs/scheduling.md
+	-$(BIN)/python benchmarks/sim_table.py
 
 clean:  ## remove everything that was made here
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,6 +18,7 @@ from lanewise.engine.opening import open_sequence, take_token
 from lanewise.engine.runner import Work
 from lanewise.fleet import WorkerStats
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
+from lanewise.policy.meter import Meter
 from lanewise.request import Mode, Submission
 from lanewise.rpc.loop import Key, WorkerLoop
 from lanewise.rpc.outbox import Outbox
@@ -38,6 +39,7 @@ class DecodeLoop(WorkerLoop[Decode]):
         self,
         engine: Engine,
         policy: BatchPolicy,
+        receiver: Receiver,
         outbox: Outbox,
         faults: Faults,
         *,
@@ -47,23 +49,15 @@ class DecodeLoop(WorkerLoop[Decode]):
         super().__init__(outbox)
         self._engine = engine
         self._policy = policy
+        self._meter = Meter(policy)
         self._faults = faults
         self._max_running = max_running
         self._admission = Admission(engine.pool.usage().capacity_tokens, max_running)
         self._ttft_target_s = ttft_target_s
-        self._receiver: Receiver | None = None
+        self.receiver = receiver
         self._closing: dict[Key, Decode] = {}  # ended for the router, pages still lent to the receiver
         self._preemptions = 0
         self._step_times: list[float] = []
-
-    def attach_receiver(self, receiver: Receiver) -> None:
-        self._receiver = receiver
-
-    @property
-    def receiver(self) -> Receiver:
-        if self._receiver is None:
-            raise RuntimeError("attach_receiver() before start()")
-        return self._receiver
 
     def on_transfer(self, event: ReceiverEvent) -> None:
         """Called on the transfer thread."""
@@ -250,8 +244,13 @@ class DecodeLoop(WorkerLoop[Decode]):
 
     def _step(self, decoding: list[Work], plan: BatchPlan, local: list[Work]) -> None:
         started = self.clock()
+        chunks = [(w.num_new, w.seq.num_computed, w.num_new == w.seq.num_uncomputed) for w in local]
+        context = sum(w.seq.num_computed for w in decoding)
+        self._meter.begin(chunks, started, decoding=len(decoding), context_tokens=context)
+        self.report()  # `accepted`, failures and the queue need not wait for the step
         sampled = self._engine.step([*decoding, *local])
         ended = self.clock()
+        self._meter.end(ended)
         if local:
             self._policy.observe(plan, ended, ended - started)
         else:
@@ -292,6 +291,7 @@ class DecodeLoop(WorkerLoop[Decode]):
             draining=self.draining,
             preemptions=self._preemptions,
             leaked_blocks=self.leaked_blocks,
+            queue_wait_s=round(self._meter.wait_s(now), 4),
             decode_step_s=round(median(self._step_times), 5) if self._step_times else 0.0,
             counters=asdict(self.receiver.snapshot()),
         )

@@ -96,7 +96,6 @@ def with_load(
         kv_used_tokens=usage.used_tokens,
         kv_capacity_tokens=usage.capacity_tokens,
         kv_cached_tokens=usage.cached_tokens,
-        queue_wait_s=round(policy.cost.token_s * queued, 4),
         cost=policy.cost.to_mapping(),
         transfers=sum(a.phase is Phase.RECEIVING for a in attempts) + closing,
     )

@@ -59,9 +59,8 @@ async def _serve(config: WorkerConfig) -> None:
     def build(outbox: Outbox) -> DecodeLoop:
         policy = make_batch_policy(config.batch_policy, max_batch_tokens=config.max_batch_tokens, cost=CostModel())
         loop = DecodeLoop(
-            engine, policy, outbox, faults, max_running=config.max_running, ttft_target_s=config.ttft_target_s
+            engine, policy, receiver, outbox, faults, max_running=config.max_running, ttft_target_s=config.ttft_target_s
         )
-        loop.attach_receiver(receiver)
         started.append(loop)
         return loop
 

@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("lanewise.local.ask:generate", "continue a text, streamed"),
     "explain": ("lanewise.local.ask:explain", "show how one request was routed and when"),
     "bench": ("lanewise.bench.command:bench", "measure an OpenAI or Lanewise endpoint"),
+    "sim": ("lanewise.sim.cli:main", "replay a trace under one or several policies"),
+    "plan": ("lanewise.sim.plan:main", "find the cheapest cluster that holds an SLO on a trace"),
     "check": ("lanewise.cli:check", "check an LLMService or ScalingPolicy file"),
     "version": ("lanewise.cli:version", "print the version"),
 }

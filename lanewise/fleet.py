@@ -65,14 +65,14 @@ class WorkerStats:
     """Sent after each batch and at least every 100 ms. Tokens are uncached prompt tokens unless said otherwise."""
 
     queued_requests: int = 0
-    queued_tokens: int = 0  # waiting, plus what is left of those being computed
+    queued_tokens: int = 0  # waiting; without those of the batch that runs
     running_requests: int = 0  # decoding
     running_context_tokens: int = 0
     kv_used_tokens: int = 0  # referenced + granted but uncommitted
     kv_capacity_tokens: int = 0
     kv_cached_tokens: int = 0  # evictable prefix cache
     decode_step_s: float = 0.0  # recent median step time
-    queue_wait_s: float = 0.0  # predicted time until a new minimal request would start
+    queue_wait_s: float = 0.0  # what is left of the running batch, predicted
     cost: Mapping[str, float] = field(default_factory=dict)  # fitted cost-model coefficients, see policy/cost.py
     lane: Lane = Lane.ANY
     lane_generation: int = 0

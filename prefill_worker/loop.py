@@ -17,6 +17,7 @@ from lanewise.engine.opening import open_sequence, take_token
 from lanewise.engine.runner import Work
 from lanewise.fleet import Link, LinkState, WorkerStats
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
+from lanewise.policy.meter import Meter
 from lanewise.request import Partner, Submission
 from lanewise.rpc.loop import Attempt, Key, WorkerLoop
 from lanewise.rpc.outbox import Outbox
@@ -59,6 +60,7 @@ class PrefillLoop(WorkerLoop[Prefill]):
         super().__init__(outbox)
         self._engine = engine
         self._policy = policy
+        self._meter = Meter(policy)
         self._faults = faults
         self._ttft_target_s = ttft_target_s
         self._sender: Sender | None = None
@@ -199,11 +201,13 @@ class PrefillLoop(WorkerLoop[Prefill]):
         return True
 
     def _step(self, plan: BatchPlan, work: list[Work]) -> None:
-        self.publish(self.clock())
-        self.outbox.flush()  # `accepted` and failures need not wait for the batch
         started = self.clock()
+        chunks = [(w.num_new, w.seq.num_computed, w.num_new == w.seq.num_uncomputed) for w in work]
+        self._meter.begin(chunks, started)
+        self.report()  # `accepted`, failures and the queue need not wait for the batch
         sampled = self._engine.step(work, on_layers=self._on_layers)
         ended = self.clock()
+        self._meter.end(ended)
         self._policy.observe(plan, ended, ended - started)
         for item, token in zip(work, sampled, strict=True):
             attempt = self.attempts.get(item.seq.key)
@@ -241,17 +245,17 @@ class PrefillLoop(WorkerLoop[Prefill]):
         pool = self._engine.pool
         usage = pool.usage()
         jobs = self._policy.jobs.values()
-        queued = sum(job.remaining_tokens for job in jobs)
+        queued = sum(job.remaining_tokens for job in jobs) - self._meter.running_tokens
         cost = self._policy.cost
         self.outbox.blocks(*pool.take_events())
         self.outbox.stats(
             WorkerStats(
                 queued_requests=len(self._policy.jobs),
-                queued_tokens=queued,
+                queued_tokens=max(0, queued),
                 kv_used_tokens=usage.used_tokens,
                 kv_capacity_tokens=usage.capacity_tokens,
                 kv_cached_tokens=usage.cached_tokens,
-                queue_wait_s=round(cost.token_s * queued, 4),
+                queue_wait_s=round(self._meter.wait_s(now), 4),
                 cost=cost.to_mapping(),
                 lane=self.lane,
                 lane_generation=self.lane_generation,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from lanewise.config import RouterConfig
@@ -54,9 +54,8 @@ Event = Delta | Ended
 
 @dataclass(slots=True)
 class _Choice:
-    request_id: str
-    text: TextStream
-    prompt_tokens: int
+    order: Order
+    text: TextStream = field(init=False)  # made while the workers compute already
     stop: str | None = None  # the stop string that was reached
     ended: bool = False
 
@@ -66,7 +65,7 @@ class Generation:
 
     def __init__(self, model: Model, dispatcher: Dispatcher, outbox: Outbox, choices: list[_Choice]) -> None:
         self.model = model
-        self.id = choices[0].request_id
+        self.id = choices[0].order.request_id
         self.created = int(time.time())
         self.prompt_tokens = 0
         self._dispatcher = dispatcher
@@ -81,6 +80,17 @@ class Generation:
     @property
     def done(self) -> bool:
         return self._open == 0
+
+    async def prepare(self, stops: Sequence[str]) -> None:
+        """Make what only the first token needs. Submissions leave first: they wait for a turn of the loop."""
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        for choice in self._choices:
+            order = choice.order
+            choice.text = TextStream(self.model.tokenizer, order.prompt_ids, stops, order.sampling.min_tokens)
 
     async def next(self, timeout_s: float | None = None) -> list[Event]:
         """The next events, one Delta at most per choice and look. Empty: nothing in time, or nothing worth telling."""
@@ -100,7 +110,7 @@ class Generation:
         self._outbox.close()
         for choice in self._choices:
             if not choice.ended:
-                self._dispatcher.cancel(choice.request_id, reason)
+                self._dispatcher.cancel(choice.order.request_id, reason)
 
     def _push(self, choice: _Choice, token: Token, delta: Delta) -> None:
         delta.tokens.append(token)
@@ -111,7 +121,7 @@ class Generation:
         delta.text += step.text
         if step.stop is not None:
             choice.stop = step.stop
-            self._dispatcher.stop(choice.request_id, step.stop)
+            self._dispatcher.stop(choice.order.request_id, step.stop)
 
     def _end(
         self, index: int, choice: _Choice, end: End, deltas: dict[int, Delta], events: list[Event]
@@ -127,7 +137,7 @@ class Generation:
             reason=end.reason,
             stop_reason=end.stop_reason,
             error=end.error,
-            prompt_tokens=choice.prompt_tokens,
+            prompt_tokens=len(choice.order.prompt_ids),
             completion_tokens=choice.text.num_tokens,
             cached_tokens=end.cached_tokens,
         )
@@ -159,7 +169,6 @@ class Front:
         check_shape(request)
         timeout_s = min(request.timeout_s or self._config.request_timeout_s, LONGEST_S)
         model = await self._model(request, timeout_s)
-        orders: list[Order] = []
         choices: list[_Choice] = []
         prompt_tokens = 0
         for prompt in request.prompts:
@@ -168,14 +177,13 @@ class Front:
             prompt_tokens += len(ids)
             for i in range(request.n):
                 order = _order(request, model, ids, sampling, i, started + timeout_s)
-                text = TextStream(model.tokenizer, ids, request.stop, sampling.min_tokens)
-                orders.append(order)
-                choices.append(_Choice(order.request_id, text, len(ids)))
+                choices.append(_Choice(order))
         outbox = Outbox(self._config.client_stall_s, on_stall)
         generation = Generation(model, self._dispatcher, outbox, choices)
         generation.prompt_tokens = prompt_tokens
-        for index, order in enumerate(orders):
-            self._dispatcher.start(order, outbox, index)
+        for index, choice in enumerate(choices):
+            self._dispatcher.start(choice.order, outbox, index)
+        await generation.prepare(request.stop)
         return generation
 
     async def _model(self, request: GenerationRequest, timeout_s: float) -> Model:
@@ -203,7 +211,7 @@ def _order(
         request_id=str(uuid.uuid4()),
         model=model.name,
         prompt_ids=ids,
-        sampling=replace(sampling, seed=choice_seed(sampling.seed, choice)),
+        sampling=replace(sampling, seed=choice_seed(sampling.seed, choice)) if choice else sampling,
         deadline_at=deadline_at,
         ttft_target_s=request.ttft_target_s,
         tenant_salt=request.tenant_salt,

@@ -5,6 +5,7 @@ Owns: the mapping of LanewiseError to HTTP status, body and headers; the access 
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -55,22 +56,27 @@ class Calls:
                 call.error = ErrorCode.CANCELLED
                 raise
             finally:
-                self._metrics.http.labels(str(status)).inc()
-                log.info(
-                    "http",
-                    method=request.method,
-                    path=request.path,
-                    status=status,
-                    duration_ms=round((time.monotonic() - started) * 1000, 2),
-                    request_id=call.request_id,
-                    client_request_id=call.client_id,
-                    stream=call.stream,
-                    prompt_tokens=call.prompt_tokens,
-                    output_tokens=call.output_tokens,
-                    error=call.error,
-                )
+                took_s = time.monotonic() - started
+                # aiohttp writes the answer when this returns: nothing that only we read may stand before it.
+                asyncio.get_running_loop().call_soon(self._account, request.method, request.path, status, took_s, call)
 
         return handle
+
+    def _account(self, method: str, path: str, status: int, took_s: float, call: Call) -> None:
+        self._metrics.http.labels(str(status)).inc()
+        log.info(
+            "http",
+            method=method,
+            path=path,
+            status=status,
+            duration_ms=round(took_s * 1000, 2),
+            request_id=call.request_id,
+            client_request_id=call.client_id,
+            stream=call.stream,
+            prompt_tokens=call.prompt_tokens,
+            output_tokens=call.output_tokens,
+            error=call.error,
+        )
 
 
 async def _answered(serve: Serve, request: web.Request, call: Call) -> web.StreamResponse:

@@ -171,6 +171,8 @@ class HttpServer:
         if (request.content_length or 0) > limit:
             raise too_large
         try:
+            if request.content.is_eof():  # it came with the head, as most do
+                return await request.read()
             async with asyncio.timeout(BODY_S):
                 return await request.read()
         except web.HTTPRequestEntityTooLarge:

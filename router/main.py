@@ -47,6 +47,8 @@ UNSENT_BYTES = 16 * 1024
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
+GC_OBJECTS = 20_000
+
 log = structlog.get_logger(__name__)
 
 
@@ -72,6 +74,7 @@ async def _serve(config: RouterConfig) -> None:
     router = Router(config)
     await router.start()
     gc.collect()
+    gc.set_threshold(GC_OBJECTS, 20, 100)  # requests make no cycles to speak of: look for them rarely
     gc.freeze()  # what start-up made lives as long as the process: no collection needs to look at it again
     try:
         await router.run_until(stop)

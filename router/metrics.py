@@ -51,6 +51,13 @@ class RouterMetrics:
         self.running = make.gauge("running_requests", "requests that have not ended")
         self.http = make.counter("http_responses", "HTTP responses by status", ("status",))
 
+    def ended(self, outcome: str, e2e_s: float, tpot_s: float | None) -> None:
+        """One request has ended."""
+        self.finished.labels(outcome).inc()
+        self.e2e.observe(e2e_s)
+        if tpot_s is not None:
+            self.tpot.observe(tpot_s)
+
     def watch_fleet(self, sessions: Callable[[], Iterable[Session]]) -> None:
         self.registry.register(_Fleet(sessions))
 

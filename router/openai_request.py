@@ -8,7 +8,6 @@ not supported is refused by name; so is a field nobody knows: silence would be a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -75,7 +74,7 @@ class _Common(_Model):
 
 
 class CompletionBody(_Common):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Any  # checked by `_prompts`: a union of lists would be tried member by member, for every id
     logprobs: int | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -134,17 +133,24 @@ def parse_chat(raw: bytes) -> ChatBody:
 
 
 def completion_request(body: CompletionBody) -> GenerationRequest:
-    prompts: list[Prompt] = []
-    token_ids: list[int] = []
-    for part in [body.prompt] if isinstance(body.prompt, str) else body.prompt:
-        if isinstance(part, int):
-            token_ids.append(part)
-        else:
-            prompts.append(part if isinstance(part, str) else tuple(part))
-    if token_ids:
-        prompts.append(tuple(token_ids))
-    request = _request(body, tuple(prompts), body.max_tokens, body.logprobs)
-    return replace(request, options=replace(request.options, default_max_tokens=COMPLETION_TOKENS))
+    return _request(body, _prompts(body.prompt), body.max_tokens, body.logprobs, COMPLETION_TOKENS)
+
+
+def _prompts(prompt: Any) -> tuple[Prompt, ...]:
+    """A text, texts, the ids of one prompt, or the ids of several."""
+    if isinstance(prompt, str):
+        return (prompt,)
+    if isinstance(prompt, list):
+        kinds = set(map(type, prompt))
+        if kinds == {int}:
+            return (tuple(prompt),)
+        if kinds == {str}:
+            return tuple(prompt)
+        if kinds == {list} and all(set(map(type, ids)) <= {int} for ids in prompt):
+            return tuple(map(tuple, prompt))
+        if not prompt:
+            return ()
+    raise invalid("prompt: expected a string, strings, token ids, or lists of token ids", "prompt")
 
 
 def chat_request(body: ChatBody) -> GenerationRequest:
@@ -156,7 +162,11 @@ def chat_request(body: ChatBody) -> GenerationRequest:
 
 
 def _request(
-    body: _Common, prompts: tuple[Prompt, ...], max_tokens: int | None, logprobs: int | None
+    body: _Common,
+    prompts: tuple[Prompt, ...],
+    max_tokens: int | None,
+    logprobs: int | None,
+    default_max_tokens: int | None = None,
 ) -> GenerationRequest:
     options = Options(
         max_tokens=max_tokens,
@@ -173,6 +183,7 @@ def _request(
         stop_token_ids=body.stop_token_ids or (),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
+        default_max_tokens=default_max_tokens,
     )
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     n = 1 if body.n is None else body.n
@@ -212,7 +223,7 @@ def _parse(kind: type[B], raw: bytes) -> B:
         body = kind.model_validate_json(raw)
     except ValidationError as error:
         raise _explain(error, raw) from None
-    for name in kind.model_fields.keys() & _NEUTRAL.keys():
+    for name in body.model_fields_set & _NEUTRAL.keys():
         value = getattr(body, name)
         if value is not None and value not in _NEUTRAL[name]:
             raise invalid(f"{name} is not supported by this server", name)

@@ -137,8 +137,8 @@ def resolve(options: Options, model: Model, prompt_ids: Sequence[int]) -> Sampli
         )
     named = (("stop_token_ids", options.stop_token_ids), ("logit_bias", options.logit_bias), ("prompt", prompt_ids))
     for name, ids in named:
-        outside = next((token_id for token_id in ids if not 0 <= token_id < model.vocab_size), None)
-        if outside is not None:
+        if ids and not 0 <= min(ids) <= max(ids) < model.vocab_size:
+            outside = min(ids) if min(ids) < 0 else max(ids)
             raise invalid(f"{name} holds token id {outside}; the vocabulary has {model.vocab_size} tokens", name)
     return Sampling(
         max_tokens=max_tokens,

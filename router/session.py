@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import grpc
@@ -106,9 +106,11 @@ class Session:
 
     def view(self) -> WorkerView:
         assert self.identity is not None  # the roster holds welcomed sessions only
+        waits = self.stats.queue_wait_s > 0  # it runs down by itself: what is left of the batch that ran then
+        age = time.monotonic() - self.stats_at if waits else 0.0
         return WorkerView(
             identity=self.identity,
-            stats=self.stats,
+            stats=replace(self.stats, queue_wait_s=max(0.0, self.stats.queue_wait_s - age)) if waits else self.stats,
             ready=not self.stats.draining,
             inflight_requests=len(self.carried),
             inflight_tokens=sum(self._fresh.values()),

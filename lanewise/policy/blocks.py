@@ -1,8 +1,8 @@
 """Content hashes that bind KV to the tokens it was computed from, and the canonical layout of KV on the wire.
 
-Owns: the layout record, the chained hash over fixed units of 64 token ids (a protocol constant, independent of page size) and the hash
-over a whole prompt. Must not: hold state, know pages, or do I/O. Used by the engine's prefix cache, the KV channel,
-the router's prefix index and the simulator alike, so a hash means the same everywhere.
+Owns: the layout record, the chained hash over fixed units of 64 token ids (a protocol constant, independent of page
+size) and the hash over a whole prompt. Must not: hold state, know pages, or do I/O. Used by the engine's prefix cache,
+the KV channel, the router's prefix index and the simulator alike, so a hash means the same everywhere.
 """
 
 from __future__ import annotations

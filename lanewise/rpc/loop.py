@@ -24,6 +24,9 @@ from lanewise.request import Failure, Submission
 from lanewise.rpc.outbox import Outbox
 
 Key = tuple[str, int]
+REPORT_INTERVAL_S = 0.02
+REPORT_QUIET_S = 0.002  # before it waits, the thread lets the tokens leave: both need the interpreter
+AUDIT_QUIET_S = 0.1  # an audit looks at every page: not while the next request may be on its way
 EXIT_CRASH = 70  # EX_SOFTWARE: the supervisor restarts, the router fails over
 
 log = structlog.get_logger(__name__)
@@ -58,6 +61,8 @@ class WorkerLoop(ABC, Generic[A]):
         self.lane_generation = 0
         self.lane_moved_at = clock()
         self.leaked_blocks = 0
+        self._reported_at = 0.0
+        self._worked_at = clock()
         self._audit_due = False
         self._newest: dict[str, int] = {}  # request id -> epoch of its open attempt
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -135,49 +140,76 @@ class WorkerLoop(ABC, Generic[A]):
         try:
             sleep_s: float | None = 0.0
             while not self._stopping.is_set():
-                self._receive(sleep_s)
+                heard = self._receive(sleep_s)
                 now = self.clock()
+                if heard:
+                    self._worked_at = now
                 self._expire(now)
                 sleep_s = self.turn(now)
-                self._audit_when_idle()
-                self.publish(self.clock())
+                if sleep_s == 0:
+                    self._worked_at = now
                 self.outbox.flush()
+                if sleep_s == 0:
+                    self.report()
+                elif not heard:
+                    self._report_when_quiet()
         except BaseException:
             # State after an unforeseen error is not to be trusted: end at once, so that routers resume elsewhere.
             log.critical("engine_thread_died", exc_info=True)
             os._exit(EXIT_CRASH)
 
-    def _receive(self, sleep_s: float | None) -> None:
-        """Run everything in the inbox; when there is nothing, wait for it as long as the round allows."""
+    def _receive(self, sleep_s: float | None) -> bool:
+        """Run everything in the inbox; when there is nothing, wait for it as long as the round allows.
+
+        False: nothing came.
+        """
         try:
             first = self._inbox.get(timeout=self._patience(sleep_s)) if sleep_s != 0 else self._inbox.get_nowait()
         except queue.Empty:
-            return
+            return False
         first()
         while True:
             try:
                 self._inbox.get_nowait()()
             except queue.Empty:
-                return
+                return True
 
     def _patience(self, sleep_s: float | None) -> float:
         """Never past the nearest deadline, and never more than a second, so that nothing waits for a lost wake-up."""
         now = self.clock()
         nearest = min((a.deadline_at for a in self.attempts.values()), default=now + 1.0)
-        return max(0.0, min(1.0 if sleep_s is None else sleep_s, nearest - now, 1.0))
+        longest = 1.0
+        if self._reported_at < self._worked_at:
+            longest = REPORT_QUIET_S
+        elif self._audit_due and self.idle:
+            longest = AUDIT_QUIET_S
+        return max(0.0, min(longest if sleep_s is None else sleep_s, nearest - now, longest))
 
     # ------------------------------------------------------------ rules
 
+    def report(self, *, force: bool = False) -> None:
+        """Publish statistics and cache events, at most every REPORT_INTERVAL_S unless the thread is about to wait."""
+        now = self.clock()
+        if force or now - self._reported_at >= REPORT_INTERVAL_S:
+            self._reported_at = now
+            self.publish(now)
+        self.outbox.flush()
+
     def pages_changed_hands(self) -> None:
-        """Something was released: audit the pool when the worker next falls idle."""
+        """Something was released: audit the pool when the worker has next been idle for AUDIT_QUIET_S."""
         self._audit_due = True
 
-    def _audit_when_idle(self) -> None:
-        if not self._audit_due or not self.idle:
-            return
+    def _report_when_quiet(self) -> None:
+        if self._reported_at < self._worked_at:
+            self.report(force=True)
+        elif self._audit_due and self.idle:
+            self._audit()
+
+    def _audit(self) -> None:
         self._audit_due = False
         defects = self.audit()
         self.leaked_blocks = len(defects)
+        self.report(force=True)
         if defects:
             log.error("kv_pool_audit_failed", defects=defects[:20])
 

@@ -27,6 +27,7 @@ from lanewise.rpc.outbox import Batch
 PROTOCOL = 1
 WRITE_DEADLINE_S = 5.0  # a router that does not read for this long loses its session
 MAX_QUEUED = 65_536  # messages; tokens are grouped, so this is far beyond any healthy session
+STATS_DELAY_S = 0.005  # statistics follow tokens, and those of quick steps leave together
 STATS_INTERVAL_S = 0.1
 STATS_REPEAT_S = 1.0  # unchanged statistics are repeated this often, so that their age stays known
 
@@ -119,6 +120,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         self._cached: set[bytes] = set()  # mirror of the engine's prefix cache, for snapshots
         self._stats = WorkerStats(kv_capacity_tokens=identity.kv_capacity_tokens)
         self._stats_sent_at = 0.0
+        self._stats_timer: asyncio.TimerHandle | None = None
         self._backend: Backend | None = None
         self.draining = False
 
@@ -154,9 +156,11 @@ class WorkerService(pb_grpc.WorkerServicer):
                 session.put_blocks(False, batch.blocks_added, batch.blocks_removed)
         if batch.stats is not None and batch.stats != self._stats:
             self._stats = batch.stats
-            self._broadcast_stats()
+            if self._stats_timer is None:
+                self._stats_timer = asyncio.get_running_loop().call_later(STATS_DELAY_S, self._broadcast_stats)
 
     def _broadcast_stats(self) -> None:
+        self._stats_timer = None
         self._stats_sent_at = time.monotonic()
         for session in self._sessions.values():
             session.stats = self._stats
