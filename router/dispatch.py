@@ -29,6 +29,7 @@ from lanewise.router.trails import Trail, Trails
 from lanewise.rpc import convert
 from lanewise.rpc import lanewise_pb2 as pb
 
+ACCOUNT_DELAY_S = 0.002  # metrics of a request wait until its answer is written
 HELD_BYTES_PER_TOKEN = 36  # an int and its place in a tuple
 
 log = structlog.get_logger(__name__)
@@ -267,11 +268,10 @@ class Dispatcher:
             entry.timer.cancel()
         entry.sink.put(entry.choice, end)
         self._trails.keep(request_id, Trail(entry.started_at, tuple(flight.steps)))
-        # The client's task runs first: it has an answer to write, and nobody waits for these numbers.
         steps = len(flight.output_ids) - 1
         tpot_s = (entry.last_at - entry.first_at) / steps if steps > 0 else None
         outcome = end.error.code if end.error else end.reason
-        self._loop.call_soon(self._metrics.ended, outcome, now - entry.started_at, tpot_s)
+        self._loop.call_later(ACCOUNT_DELAY_S, self._metrics.ended, outcome, now - entry.started_at, tpot_s)
 
     def _unhold(self, entry: _Entry) -> None:
         order = entry.flight.order

@@ -19,6 +19,7 @@ from lanewise.router.metrics import RouterMetrics
 from lanewise.router.openai_reply import error_body, error_headers
 
 MAX_CLIENT_ID = 256
+ACCOUNT_DELAY_S = 0.002
 CLIENT_GONE = 499
 
 log = structlog.get_logger(__name__)
@@ -57,8 +58,9 @@ class Calls:
                 raise
             finally:
                 took_s = time.monotonic() - started
-                # aiohttp writes the answer when this returns: nothing that only we read may stand before it.
-                asyncio.get_running_loop().call_soon(self._account, request.method, request.path, status, took_s, call)
+                # aiohttp writes the answer after this returns: nothing that only we read may stand before it.
+                account = (self._account, request.method, request.path, status, took_s, call)
+                asyncio.get_running_loop().call_later(ACCOUNT_DELAY_S, *account)
 
         return handle
 
