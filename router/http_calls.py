@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 from aiohttp import web
@@ -59,8 +60,8 @@ class Calls:
             finally:
                 took_s = time.monotonic() - started
                 # aiohttp writes the answer after this returns: nothing that only we read may stand before it.
-                account = (self._account, request.method, request.path, status, took_s, call)
-                asyncio.get_running_loop().call_later(ACCOUNT_DELAY_S, *account)
+                account = partial(self._account, request.method, request.path, status, took_s, call)
+                asyncio.get_running_loop().call_later(ACCOUNT_DELAY_S, account)
 
         return handle
 
