@@ -7,10 +7,11 @@ not supported is refused by name; so is a field nobody knows: silence would be a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import msgspec
 
 from lanewise.errors import LanewiseError, invalid
 from lanewise.router.sampling import Chat, GenerationRequest, Options, Prompt
@@ -18,35 +19,35 @@ from lanewise.router.sampling import Chat, GenerationRequest, Options, Prompt
 COMPLETION_TOKENS = 16  # OpenAI's own default of max_tokens for completions
 
 B = TypeVar("B", bound="_Common")
-Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+# msgspec and not pydantic: between rare requests the code is cold in the caches, and this is far less of it.
+class _Model(msgspec.Struct, forbid_unknown_fields=True):
+    pass
 
 
-class StreamOptions(_Model):
+class StreamOptions(_Model, kw_only=True):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class _Common(_Model):
+class _Common(_Model, kw_only=True):
     model: str
     max_tokens: int | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
+    temperature: float | None = None
+    top_p: float | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
-    logit_bias: dict[int, Number] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
     seed: int | None = None
     # Extensions, as other open servers spell them.
     top_k: int | None = None
-    min_p: Number | None = None
-    repetition_penalty: Number | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
@@ -73,7 +74,7 @@ class _Common(_Model):
     web_search_options: Any = None
 
 
-class CompletionBody(_Common):
+class CompletionBody(_Common, kw_only=True):
     prompt: Any  # checked by `_prompts`: a union of lists would be tried member by member, for every id
     logprobs: int | None = None
     echo: bool | None = None
@@ -81,7 +82,7 @@ class CompletionBody(_Common):
     best_of: int | None = None
 
 
-class Message(_Model):
+class Message(_Model, kw_only=True):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
@@ -93,7 +94,7 @@ class Message(_Model):
     function_call: Any = None
 
 
-class ChatBody(_Common):
+class ChatBody(_Common, kw_only=True):
     messages: list[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -218,44 +219,40 @@ def _part(where: str, part: dict[str, Any]) -> str:
     return text
 
 
+_DECODERS: dict[type[_Common], msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(kind) for kind in (CompletionBody, ChatBody)
+}
+_REFUSED = {kind: tuple(name for name in _NEUTRAL if name in kind.__struct_fields__) for kind in _DECODERS}
+_WHERE = re.compile(r"(.*?)(?: - at (?:`key` in )?`\$\.?(.*)`)?", re.DOTALL)
+_FIELD = re.compile(r"Object (contains unknown|missing required) field `(.*)`")
+
+
 def _parse(kind: type[B], raw: bytes) -> B:
     try:
-        body = kind.model_validate_json(raw)
-    except ValidationError as error:
+        body: B = _DECODERS[kind].decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _explain(error, raw) from None
-    for name in body.model_fields_set & _NEUTRAL.keys():
+    for name in _REFUSED[kind]:
         value = getattr(body, name)
         if value is not None and value not in _NEUTRAL[name]:
             raise invalid(f"{name} is not supported by this server", name)
     return body
 
 
-def _explain(error: ValidationError, raw: bytes) -> LanewiseError:
+def _explain(error: Exception, raw: bytes) -> LanewiseError:
     """The first problem, in words that name the field as the client wrote it."""
     try:
         raw.decode()
     except UnicodeDecodeError as broken:
         return invalid(f"the body is not valid UTF-8: {broken.reason} at byte {broken.start}")
-    first = error.errors(include_url=False, include_context=False)[0]
-    kind, message = first["type"], first["msg"]
-    if kind in ("json_invalid", "model_type") or not first["loc"]:
+    if not isinstance(error, msgspec.ValidationError):
+        return invalid(f"the body is not a valid JSON object: {error}")
+    found = _WHERE.fullmatch(str(error))
+    message, where = (found[1], found[2] or "") if found else (str(error), "")
+    if field := _FIELD.fullmatch(message):
+        name = f"{where}.{field[2]}" if where else field[2]
+        unknown = field[1] == "contains unknown"
+        return invalid(f"unknown parameter {name!r}" if unknown else f"{name} is required", name)
+    if not where:
         return invalid(f"the body is not a valid JSON object: {message}")
-    name = _field(first["loc"])
-    if kind == "extra_forbidden":
-        return invalid(f"unknown parameter {name!r}", name)
-    if kind == "missing":
-        return invalid(f"{name} is required", name)
-    return invalid(f"{name}: {message[0].lower()}{message[1:]}", name)
-
-
-def _field(loc: tuple[int | str, ...]) -> str:
-    """`messages[0].role`; the names that pydantic gives to the members of a union are left out."""
-    name = ""
-    for part in loc:
-        if isinstance(part, int):
-            name += f"[{part}]"
-        elif not name:
-            name = part
-        elif part.isidentifier() and part not in ("str", "int", "float", "bool"):
-            name += f".{part}"
-    return name
+    return invalid(f"{where}: {message[0].lower()}{message[1:].replace('`', '')}", where)
