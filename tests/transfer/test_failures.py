@@ -274,8 +274,8 @@ def test_drained_comes_after_the_copy_under_way(net):
 
     decode.store.before_write = block
     decode.receiver.expect(KEY, IDS, net.cache_key)
-    # Without COMMIT: it could be read before the command, in the turn that the copy holds up, and end the transfer well.
-    start(net, prefill, decode, commit=False)
+    # No COMMIT: in the turn that the copy holds up it could be read before the command, and end the transfer well.
+    start(net, prefill, decode, ready=len(IDS), commit=False)
     assert entered.wait(5)
     decode.receiver.cancel(KEY, "client left")
     assert not decode.log.of(Drained)
