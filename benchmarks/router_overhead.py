@@ -70,37 +70,39 @@ class Direct:
 
 
 class Http:
-    """A keep-alive connection and nothing else: the client's own cost is not the router's."""
+    """A keep-alive socket and nothing else: the client's own cost is not the router's."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-
-    @classmethod
-    async def open(cls, address: str) -> Http:
+    def __init__(self, address: str) -> None:
         host, _, port = address.partition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return cls(reader, writer)
+        self._socket = socket.create_connection((host, int(port)))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     async def ask(self, ids: list[int]) -> float:
         body = json.dumps({"model": "fable", "prompt": ids, "max_tokens": 1, "temperature": 0}).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         message = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         started = time.perf_counter()
-        self._writer.write(message)
-        reply = await self._reader.readuntil(b"\r\n\r\n")
-        length = int(re.search(rb"(?i)content-length: (\d+)", reply)[1])  # type: ignore[index]
-        await self._reader.readexactly(length)
+        self._socket.sendall(message)  # blocking: nothing else happens in this process meanwhile
+        reply = self._socket.recv(65536)
+        while len(reply) < _length(reply):
+            reply += self._socket.recv(65536)
         took = time.perf_counter() - started
         assert b" 200 " in reply.split(b"\r\n")[0], reply
         return took
+
+
+def _length(reply: bytes) -> int:
+    """Bytes of the whole answer, once its head is there."""
+    head, end, _ = reply.partition(b"\r\n\r\n")
+    found = re.search(rb"(?i)content-length: (\d+)", head)
+    return len(head) + len(end) + int(found[1]) if end and found else len(reply) + 1
 
 
 async def measure(worker: str, http: str, requests: int) -> dict[str, list[float]]:
     dice = random.Random(1)
     times: dict[str, list[float]] = {"direct": [], "router": []}
     async with grpc.aio.insecure_channel(worker) as channel:
-        sides = {"direct": await Direct.open(channel), "router": await Http.open(http)}
+        sides = {"direct": await Direct.open(channel), "router": Http(http)}
         for number in range(WARM_UP + requests):
             for side, client in sides.items():
                 took = await client.ask([dice.randrange(3, 4000) for _ in range(PROMPT_TOKENS)])
