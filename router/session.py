@@ -194,14 +194,13 @@ class Session:
                 return f"stream broken: {_words(error)}"
             if message is grpc.aio.EOF:
                 return "closed by the worker"
-            self._heard = True
             try:
                 self._handle(message)
             except BlockEventGap as error:
                 return f"gap in block events: {error}"
 
     async def _ping(self) -> str:
-        """Anything the worker sends proves that it lives; only silence over several pings does not.
+        """Only an answer proves that the worker still reads; what it sends by itself does not.
 
         Counted in ticks of this task, so a router that was itself stopped for a while does not blame its workers.
         """
@@ -237,7 +236,9 @@ class Session:
             case "blocks":
                 blocks = message.blocks
                 self.prefixes.apply(blocks.number, blocks.snapshot, blocks.added, blocks.removed)
-            case _:  # pong, or what only a newer worker says
+            case "pong":
+                self._heard = True
+            case _:  # what only a newer worker says
                 pass
 
     def _take_stats(self, wire: pb.Stats) -> None:

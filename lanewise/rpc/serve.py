@@ -176,7 +176,8 @@ class WorkerService(pb_grpc.WorkerServicer):
     # ------------------------------------------------------------ Session
 
     async def Session(self, request_iterator: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        first = await asyncio.wait_for(context.read(), self._session_idle_s)
+        async with asyncio.timeout(self._session_idle_s):
+            first = await context.read()
         if not isinstance(first, pb.RouterMessage) or first.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session must be `hello`")
         hello = first.hello
@@ -212,7 +213,8 @@ class WorkerService(pb_grpc.WorkerServicer):
     async def _read(self, session: _Session, context: grpc.aio.ServicerContext[Any, Any]) -> str:
         while True:
             try:
-                message = await asyncio.wait_for(context.read(), self._session_idle_s)
+                async with asyncio.timeout(self._session_idle_s):
+                    message = await context.read()
             except TimeoutError:
                 return f"no ping for {self._session_idle_s:g} s"
             except grpc.aio.UsageError as error:
@@ -264,7 +266,10 @@ class WorkerService(pb_grpc.WorkerServicer):
                 if session.overflow:
                     return f"more than {MAX_QUEUED} messages unread"
                 try:
-                    await asyncio.wait_for(context.write(message), WRITE_DEADLINE_S)
+                    # Not wait_for: in Python 3.11 it loses a cancellation that comes as the write completes, and a
+                    # writer that outlives its reader would keep a dead session looking alive.
+                    async with asyncio.timeout(WRITE_DEADLINE_S):
+                        await context.write(message)
                 except TimeoutError:
                     return f"router did not read for {WRITE_DEADLINE_S:g} s"
                 except grpc.aio.UsageError as error:
