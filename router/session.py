@@ -59,6 +59,9 @@ class Owner(Protocol):
     def changed(self, session: Session) -> None: ...
 
 
+UNANSWERED_PINGS = 30  # a worker that talks and never answers has stopped listening
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     ping_interval_s: float
@@ -89,6 +92,7 @@ class Session:
         self._outgoing: deque[pb.RouterMessage] = deque()
         self._wake = asyncio.Event()
         self._heard = False
+        self._unanswered = 0
 
     # ------------------------------------------------------------ for the dispatcher
 
@@ -194,13 +198,14 @@ class Session:
                 return f"stream broken: {_words(error)}"
             if message is grpc.aio.EOF:
                 return "closed by the worker"
+            self._heard = True
             try:
                 self._handle(message)
             except BlockEventGap as error:
                 return f"gap in block events: {error}"
 
     async def _ping(self) -> str:
-        """Only an answer proves that the worker still reads; what it sends by itself does not.
+        """Anything the worker sends proves that it lives; that it still reads, only an answer does, which may queue.
 
         Counted in ticks of this task, so a router that was itself stopped for a while does not blame its workers.
         """
@@ -209,10 +214,13 @@ class Session:
             number += 1
             self.send(pb.RouterMessage(ping=pb.Ping(number=number)))
             self._heard = False
+            self._unanswered += 1
             await asyncio.sleep(self._timing.ping_interval_s)
             misses = 0 if self._heard else misses + 1
             if misses >= self._timing.ping_misses:
                 return f"{misses} pings missed"
+            if self._unanswered >= UNANSWERED_PINGS:
+                return f"{self._unanswered} pings unanswered"
 
     def _handle(self, message: pb.WorkerMessage) -> None:
         assert self.identity is not None  # only after the welcome
@@ -237,7 +245,7 @@ class Session:
                 blocks = message.blocks
                 self.prefixes.apply(blocks.number, blocks.snapshot, blocks.added, blocks.removed)
             case "pong":
-                self._heard = True
+                self._unanswered = 0
             case _:  # what only a newer worker says
                 pass
 
