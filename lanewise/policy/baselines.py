@@ -5,6 +5,7 @@ Owns: three orders over one lazy heap. Must not: look at deadlines or lanes; tha
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from heapq import heappop, heappush
 
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
@@ -19,8 +20,8 @@ class _Ordered(BatchPolicy):
         self._heap: list[tuple[tuple[float, ...], int, Job]] = []
         self._count = 0  # the last tie-break: order of entry
 
-    def _rank(self, job: Job) -> tuple[float, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def _rank(self, job: Job) -> tuple[float, ...]: ...
 
     def _enqueue(self, job: Job) -> None:
         self._count += 1
