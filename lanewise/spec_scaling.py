@@ -6,116 +6,167 @@ Must not: decide anything about scale (policy/scaling.py does).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field
 
-from lanewise.spec import Metadata, Model, Problem
-from lanewise.spec_types import CRON, Duration, ServiceName
+from lanewise.spec_model import EachRule, Metadata, Model, Rule
+from lanewise.spec_types import CRON, Duration, PositiveDuration, ServiceName
 
 
 class TargetRef(Model):
-    name: ServiceName
+    """The service that is scaled."""
+
+    name: ServiceName = Field(description="an LLMService in the same namespace")
 
 
 class _Range(Model):
     min: int
     max: int
 
-    def problems(self) -> Iterable[Problem]:
-        if self.min > self.max:
-            yield "min", f"expected at most max ({self.max}), got {self.min}"
+    rules = (
+        Rule(
+            "min",
+            "expected at most max ({self.max}), got {self.min}",
+            "self.min <= self.max",
+            lambda self: self.min <= self.max,
+        ),
+    )
 
 
 class PrefillRange(_Range):
-    min: int = Field(default=1, ge=0, le=1000)
-    max: int = Field(ge=0, le=1000)
+    """Bounds on prefill workers."""
+
+    min: int = Field(default=1, ge=0, le=1000, description="fewest workers")
+    max: int = Field(ge=0, le=1000, description="most workers")
 
 
 class DecodeRange(_Range):
-    min: int = Field(default=1, ge=1, le=1000)
-    max: int = Field(ge=1, le=1000)
+    """Bounds on decode workers."""
+
+    min: int = Field(default=1, ge=1, le=1000, description="fewest workers while there is work")
+    max: int = Field(ge=1, le=1000, description="most workers")
 
 
 class Budget(Model):
-    gpus: int | None = Field(default=None, ge=1, le=100_000)
-    watts: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Bounds on both roles together."""
+
+    gpus: int | None = Field(default=None, ge=1, le=100_000, description="most GPUs")
+    watts: int | None = Field(default=None, ge=1, le=100_000_000, description="most electric power")
 
 
 class Ratio(Model):
     """Bounds on prefill workers per 100 decode workers."""
 
-    min_prefill_percent_of_decode: int = Field(default=25, ge=0, le=10_000)
-    max_prefill_percent_of_decode: int = Field(default=400, ge=1, le=10_000)
+    min_prefill_percent_of_decode: int = Field(default=25, ge=0, le=10_000, description="fewest")
+    max_prefill_percent_of_decode: int = Field(default=400, ge=1, le=10_000, description="most")
 
-    def problems(self) -> Iterable[Problem]:
-        low, high = self.min_prefill_percent_of_decode, self.max_prefill_percent_of_decode
-        if low > high:
-            yield "minPrefillPercentOfDecode", f"expected at most maxPrefillPercentOfDecode ({high}), got {low}"
+    rules = (
+        Rule(
+            "minPrefillPercentOfDecode",
+            "expected at most maxPrefillPercentOfDecode ({self.max_prefill_percent_of_decode})"
+            ", got {self.min_prefill_percent_of_decode}",
+            "self.minPrefillPercentOfDecode <= self.maxPrefillPercentOfDecode",
+            lambda self: self.min_prefill_percent_of_decode <= self.max_prefill_percent_of_decode,
+        ),
+    )
 
 
 class ScaleUp(Model):
-    stabilization: Duration = Duration("0s")
-    blocked_after: Duration = Field(default=Duration("15m"), description="pods Pending this long roll a decision back")
+    """How counts grow."""
+
+    stabilization: Duration = Field(default=Duration("0s"), description="the least wanted in this time counts")
+    blocked_after: PositiveDuration = Field(
+        default=PositiveDuration("15m"), description="pods Pending this long roll a decision back"
+    )
 
 
 class ScaleDown(Model):
-    stabilization: Duration = Duration("300s")
+    """How counts shrink."""
+
+    stabilization: Duration = Field(default=Duration("300s"), description="the most wanted in this time counts")
 
 
 class Behavior(Model):
-    scale_up: ScaleUp = ScaleUp()
-    scale_down: ScaleDown = ScaleDown()
+    """How fast counts change."""
+
+    scale_up: ScaleUp = Field(default=ScaleUp(), description="how counts grow")
+    scale_down: ScaleDown = Field(default=ScaleDown(), description="how counts shrink")
 
 
 class PrefillFloor(Model):
-    min: int = Field(ge=0, le=1000)
+    """A raised minimum."""
+
+    min: int = Field(ge=0, le=1000, description="fewest prefill workers in that time")
 
 
 class DecodeFloor(Model):
-    min: int = Field(ge=1, le=1000)
+    """A raised minimum."""
+
+    min: int = Field(ge=1, le=1000, description="fewest decode workers in that time")
 
 
 class Schedule(Model):
     """Raised minimums from each time `cron` fires, for `duration`."""
 
-    cron: str = Field(pattern=CRON, max_length=128)
-    duration: Duration
-    prefill: PrefillFloor | None = None
-    decode: DecodeFloor | None = None
+    cron: str = Field(pattern=CRON, max_length=128, description="minute, hour, day, month, weekday; UTC")
+    duration: PositiveDuration = Field(description="how long the minimums are raised")
+    prefill: PrefillFloor | None = Field(default=None, description="raised minimum of prefill workers")
+    decode: DecodeFloor | None = Field(default=None, description="raised minimum of decode workers")
 
-    def problems(self) -> Iterable[Problem]:
-        if self.prefill is None and self.decode is None:
-            yield "", "expected prefill or decode with a min"
-        if self.duration.seconds <= 0:
-            yield "duration", "expected a duration above zero"
+    rules = (
+        Rule(
+            "",
+            "expected prefill or decode with a min",
+            "has(self.prefill) || has(self.decode)",
+            lambda self: self.prefill is not None or self.decode is not None,
+            "FieldValueRequired",
+        ),
+    )
 
 
 class ScaleToZero(Model):
-    after: Duration = Duration("15m")
-    max_hold: Duration = Duration("10m")
+    """When there is nothing to do."""
+
+    after: PositiveDuration = Field(default=PositiveDuration("15m"), description="how long without a request")
+    max_hold: Duration = Field(default=Duration("10m"), description="how long a request may wait for the first worker")
+
+
+def _floor(role: str) -> EachRule:
+    return EachRule(
+        "schedules",
+        f"expected {role}.min of at most spec.{role}.max ({{self.{role}.max}})",
+        f"self.schedules.all(s, !has(s.{role}) || s.{role}.min <= self.{role}.max)",
+        lambda self: [
+            (index, role, "min")
+            for index, schedule in enumerate(self.schedules)
+            if (floor := getattr(schedule, role)) is not None and floor.min > getattr(self, role).max
+        ],
+    )
 
 
 class ScalingPolicySpec(Model):
-    target_ref: TargetRef
-    prefill: PrefillRange
-    decode: DecodeRange
-    budget: Budget = Budget()
-    ratio: Ratio = Ratio()
-    behavior: Behavior = Behavior()
-    schedules: list[Schedule] = Field(default_factory=list, max_length=32)
-    scale_to_zero: ScaleToZero | None = None
+    """What is wanted."""
 
-    def problems(self) -> Iterable[Problem]:
-        for index, schedule in enumerate(self.schedules):
-            for role, limit in (("prefill", self.prefill.max), ("decode", self.decode.max)):
-                floor = getattr(schedule, role)
-                if floor is not None and floor.min > limit:
-                    yield f"schedules.{index}.{role}.min", f"expected at most {role}.max ({limit}), got {floor.min}"
-        if self.budget.gpus is not None and self.prefill.min + self.decode.min > self.budget.gpus:
-            least = self.prefill.min + self.decode.min
-            yield "budget.gpus", f"expected at least prefill.min + decode.min ({least}), got {self.budget.gpus}"
+    target_ref: TargetRef = Field(description="the service that is scaled")
+    prefill: PrefillRange = Field(description="bounds on prefill workers")
+    decode: DecodeRange = Field(description="bounds on decode workers")
+    budget: Budget = Field(default=Budget(), description="bounds on both roles together")
+    ratio: Ratio = Field(default=Ratio(), description="bounds on prefill workers per 100 decode workers")
+    behavior: Behavior = Field(default=Behavior(), description="how fast counts change")
+    schedules: list[Schedule] = Field(default_factory=list, max_length=32, description="raised minimums at given times")
+    scale_to_zero: ScaleToZero | None = Field(default=None, description="omitted: never below the minimums")
+
+    rules = (
+        _floor("prefill"),
+        _floor("decode"),
+        Rule(
+            "budget.gpus",
+            "expected at least prefill.min + decode.min, got {self.budget.gpus}",
+            "!has(self.budget.gpus) || self.prefill.min + self.decode.min <= self.budget.gpus",
+            lambda self: self.budget.gpus is None or self.prefill.min + self.decode.min <= self.budget.gpus,
+        ),
+    )
 
 
 class ScalingPolicy(Model):

@@ -22,6 +22,10 @@ _QUANTITY_SCALE = {
 }
 
 
+MAX_WRITTEN = 32
+"""Characters of a duration, quantity or percentage."""
+
+
 def shown(value: object) -> str:
     """A value as a person typed it, short enough for one line."""
     if value is None:
@@ -41,17 +45,28 @@ class _Written(str):
 
     pattern: ClassVar[str]
     expected: ClassVar[str]
-    accepts_int: ClassVar[bool] = False
+    max_int: ClassVar[int | None] = None
+    """Where whole numbers may be written without quotes: the largest."""
+    rule: ClassVar[tuple[str, str] | None] = None
+    """What the grammar cannot say: (CEL, message); `sound` says the same in Python."""
+
+    @property
+    def sound(self) -> bool:
+        return True
 
     @classmethod
     def parse(cls, value: object) -> Self:
-        if cls.accepts_int and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-            value = str(value)
-        if not isinstance(value, str) or len(value) > 32 or not re.fullmatch(cls.pattern, value):
+        written = value
+        if cls.max_int is not None and isinstance(value, int) and not isinstance(value, bool):
+            written = str(value) if 0 <= value <= cls.max_int else None
+        if not isinstance(written, str) or len(written) > MAX_WRITTEN or not re.fullmatch(cls.pattern, written):
             raise PydanticCustomError(
                 "written", "expected {what}, got {got}", {"what": cls.expected, "got": shown(value)}
             )
-        return cls(value)
+        found = cls(written)
+        if cls.rule is not None and not found.sound:
+            raise PydanticCustomError("written", "{what}, got {got}", {"what": cls.rule[1], "got": shown(value)})
+        return found
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -61,20 +76,26 @@ class _Written(str):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        if cls.accepts_int:
+        made: dict[str, Any] = {"pattern": f"^{cls.pattern}$", "maxLength": MAX_WRITTEN}
+        if cls.max_int is not None:
             # The Kubernetes idiom for "16 or 16Gi": structural, and understood by kubectl.
-            both = [{"type": "integer"}, {"type": "string"}]
-            return {"anyOf": both, "pattern": f"^{cls.pattern}$", "x-kubernetes-int-or-string": True}
-        return {"type": "string", "pattern": f"^{cls.pattern}$", "maxLength": 32}
+            made |= {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True}
+            made |= {"minimum": 0, "maximum": cls.max_int}
+        else:
+            made["type"] = "string"
+        if cls.rule is not None:
+            made["x-kubernetes-validations"] = [{"rule": cls.rule[0], "message": cls.rule[1]}]
+        return made
 
     def _dump(self) -> str | int:
-        return int(self) if self.accepts_int and self.isdigit() else str(self)
+        return int(self) if self.max_int is not None and self.isdigit() else str(self)
 
 
 class Duration(_Written):
     """`400ms`, `30s`, `10m`, `1h30m`. Never a bare number: 60 of what?"""
 
-    pattern = r"([0-9]{1,9}(ms|s|m|h))+"
+    # At most 4.6 years in all: the API server counts durations in nanoseconds of 64 bits.
+    pattern = r"([0-9]{1,9}ms|[0-9]{1,7}s|[0-9]{1,5}m|[0-9]{1,4}h){1,4}"
     expected = "a duration such as 400ms, 30s, 10m or 1h"
 
     @property
@@ -82,12 +103,20 @@ class Duration(_Written):
         return float(sum(int(n) * _UNIT_S[unit] for n, unit in re.findall(r"([0-9]+)(ms|s|m|h)", self)))
 
 
+class PositiveDuration(Duration):
+    rule = ("duration(self) > duration('0s')", "expected a duration above zero")
+
+    @property
+    def sound(self) -> bool:
+        return self.seconds > 0
+
+
 class Quantity(_Written):
     """A Kubernetes quantity: `16Gi`, `500m`, `2`."""
 
     pattern = r"[0-9]{1,18}(\.[0-9]{1,9})?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?"
     expected = "a quantity such as 2, 500m or 16Gi (quote a fraction)"
-    accepts_int = True
+    max_int = 10**18 - 1
 
     @property
     def value(self) -> Decimal:
@@ -95,31 +124,39 @@ class Quantity(_Written):
         return Decimal(number) * _QUANTITY_SCALE[unit]
 
 
+class PositiveQuantity(Quantity):
+    rule = ("quantity(string(self)).isGreaterThan(quantity('0'))", "expected more than 0")
+
+    @property
+    def sound(self) -> bool:
+        return self.value > 0
+
+
 class IntOrPercent(_Written):
     """A number of pods, or a share of them such as `25%`."""
 
     pattern = r"([0-9]{1,4}|[0-9]{1,2}%|100%)"
     expected = "a count such as 1 or a percentage such as 25%"
-    accepts_int = True
+    max_int = 9999
 
     @property
     def is_zero(self) -> bool:
         return int(self.rstrip("%")) == 0
 
 
-LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+LABEL = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 SUBDOMAIN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 SECRET_KEY = r"^[-._a-zA-Z0-9]+$"
 SERVED_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$"
 MODEL_URI = (
-    r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^\s]*)?"
-    r"|file:///[^\s]+|builtin://[a-z0-9-]+)$"
+    r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[!-~]*)?"
+    r"|file:///[!-~]+|builtin://[a-z0-9-]+)$"
 )
 REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 CRON = r"^[0-9*,/-]+( +[0-9A-Za-z*,/-]+){4}$"
 
 PATTERN_WORDS = {
-    LABEL: "lower-case letters, digits and '-', such as chat",
+    LABEL: "lower-case letters, digits and '-', a letter first, such as chat",
     SUBDOMAIN: "an object name: lower-case letters, digits, '-' and '.'",
     SECRET_KEY: "a key of the Secret: letters, digits, '-', '_' and '.'",
     SERVED_NAME: "a model name such as qwen or Qwen/Qwen2.5-7B",

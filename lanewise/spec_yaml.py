@@ -16,7 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lanewise.errors import ConfigError
-from lanewise.spec import API_VERSION, LLMService, Model
+from lanewise.spec import API_VERSION, LLMService
+from lanewise.spec_model import Model
 from lanewise.spec_scaling import ScalingPolicy
 from lanewise.spec_types import PATTERN_WORDS, shown
 

@@ -81,12 +81,12 @@ CASES = [
     (
         "decode: {tensorParallel: 2, resources: {limits: {nvidia.com/gpu: 1}}}",
         "spec.decode.resources.limits.nvidia.com/gpu",
-        "expected tensorParallel (2), got 1",
+        "expected tensorParallel (2) GPUs",
     ),
     (
         "decode: {resources: {limits: {example.com/x: 1}, requests: {example.com/x: 2}}}",
         "spec.decode.resources.requests.example.com/x",
-        "expected at most the limit 1, got 2",
+        "expected at most the limit of the same name",
     ),
     ("decode: {podTemplate: {containers: []}}", "spec.decode.podTemplate.containers", "expected metadata or spec"),
     ("decode:", "spec.decode", "expected a mapping of fields, got nothing"),
@@ -143,8 +143,8 @@ def test_scaling_rules() -> None:
         "  schedules:\n    - {cron: '0 8 * * *', duration: 1h, prefill: {min: 3}}\n"
     )
     assert problems(text) == [
-        (8, "spec.budget.gpus", "expected at least prefill.min + decode.min (3), got 2"),
-        (10, "spec.schedules[0].prefill.min", "expected at most prefill.max (2), got 3"),
+        (8, "spec.budget.gpus", "expected at least prefill.min + decode.min, got 2"),
+        (10, "spec.schedules[0].prefill.min", "expected prefill.min of at most spec.prefill.max (2)"),
     ]
 
 
