@@ -80,6 +80,7 @@ class WorkerConfig(_ProcessConfig):
     session_idle_s: float = Field(3.0, gt=0, description="a session with no ping for this long is lost")
     drain_timeout_s: float = Field(60.0, ge=0)
     drain_max_s: float = Field(600.0, ge=0)
+    metrics: str = Field("", description="HTTP address of /metrics; empty: none")
 
 
 class RouterConfig(_ProcessConfig):
@@ -104,6 +105,30 @@ class RouterConfig(_ProcessConfig):
     commit_to_token_s: float = Field(10.0, gt=0, description="committed without a token for this long: decode failed")
     drain_max_s: float = Field(600.0, ge=0)
     api_keys_file: str = Field("", description="one API key per line; empty: no authentication")
+
+
+class OperatorConfig(_ProcessConfig):
+    """The operator. The chart sets all of it from its values and the downward API."""
+
+    namespaces: tuple[str, ...] = Field((), description="namespaces to work in; empty: the whole cluster")
+    kubeconfig: str = Field("", description="outside a cluster; empty: the pod's own service account")
+    http: str = Field("0.0.0.0:8080", description="address of /healthz, /readyz and /metrics")
+    control_image: str = Field("", description="image of routers; required to apply anything")
+    worker_image: str = Field("", description="image of prefill and decode workers; required to apply anything")
+    image_pull_policy: Literal["", "Always", "IfNotPresent", "Never"] = ""
+    router_cluster_role: str = Field("lanewise-router", description="ClusterRole that routers are bound to")
+    lease_name: str = "lanewise"
+    lease_namespace: str = Field("", description="default: pod_namespace")
+    lease_duration_s: float = Field(10.0, gt=0)
+    renew_deadline_s: float = Field(6.0, gt=0)
+    retry_period_s: float = Field(1.0, gt=0)
+    pod_name: str = Field("", description="this pod, in the lease and in events; default: the host's name")
+    pod_namespace: str = Field("default", description="this pod's namespace")
+    pod_uid: str = ""
+    resync_s: float = Field(600.0, gt=0, description="every service is looked at this often, whatever happens")
+    fleet_period_s: float = Field(15.0, gt=0, description="how often routers are asked for the state of the fleet")
+    status_period_s: float = Field(30.0, ge=0, description="numbers in a status change at most this often")
+    concurrency: int = Field(4, ge=1, description="services reconciled at the same time")
 
 
 C = TypeVar("C", bound=_ProcessConfig)
