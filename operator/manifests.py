@@ -5,13 +5,14 @@ Owns: the command. Must not: talk to a cluster; what depends on one (the commit 
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
 
 import yaml
 
-from lanewise.cli import CommandFailed, command_parser
+from lanewise.errors import ConfigError
 from lanewise.operator.plan import plan, unsupported
 from lanewise.operator.plan_model import needs_download
 from lanewise.operator.plan_types import Manifest, PlanContext
@@ -25,10 +26,12 @@ MONITORS = ("PodMonitor", "ServiceMonitor")
 def main(argv: Sequence[str]) -> int:
     """Prints YAML documents, or one Kubernetes List with --json."""
     control, worker = default_images()
-    parser = command_parser(
-        "manifests",
-        "Print the objects that the operator would apply for the LLMServices of a file.",
-        "lanewise manifests deploy/samples/fable.yaml --namespace chat",
+    parser = argparse.ArgumentParser(
+        prog="lanewise manifests",
+        description="Print the objects that the operator would apply for the LLMServices of a file.",
+        epilog="example:\n  lanewise manifests deploy/samples/fable.yaml --namespace chat",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--namespace", help="default: the one in the file, else default")
@@ -41,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     found = [item for item in read_resources(options.file) if isinstance(item, LLMService)]
     if not found:
-        raise CommandFailed(f"{options.file}: no LLMService in this file")
+        raise ConfigError(f"{options.file}: no LLMService in this file")
     objects: list[Manifest] = []
     for service in found:
         context = PlanContext(
