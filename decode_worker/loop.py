@@ -269,6 +269,7 @@ class DecodeLoop(WorkerLoop[Decode]):
     def _token(self, attempt: Decode, sampled: Sampled) -> None:
         token = take_token(attempt.seq, sampled)
         self.outbox.token(attempt.session, token)
+        self._faults.point("token_sent")
         if token.finish is not None:
             self._admission.observe(attempt.seq.num_output)
             self.end(attempt.key, token.finish.value)

@@ -18,6 +18,8 @@ from lanewise.engine.runner import Work
 from lanewise.fleet import Link, LinkState, WorkerStats
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
 from lanewise.policy.meter import Meter
+from lanewise.prefill_worker.decoys import Decoys
+from lanewise.prefill_worker.overlap import Overlap
 from lanewise.request import Partner, Submission
 from lanewise.rpc.loop import Attempt, Key, WorkerLoop
 from lanewise.rpc.outbox import Outbox
@@ -64,11 +66,14 @@ class PrefillLoop(WorkerLoop[Prefill]):
         self._faults = faults
         self._ttft_target_s = ttft_target_s
         self._sender: Sender | None = None
+        self._overlap: Overlap
         self._closing: dict[Key, Prefill] = {}  # ended for the router, pages still lent
+        self._decoys: Decoys[Prefill] = Decoys(faults, self._free)
         self._links: dict[str, Link] = {}
 
     def attach_sender(self, sender: Sender) -> None:
         self._sender = sender
+        self._overlap = Overlap(self._engine.pool.layout, sender, self._bandwidth)
 
     @property
     def sender(self) -> Sender:
@@ -119,6 +124,10 @@ class PrefillLoop(WorkerLoop[Prefill]):
             self._release(attempt)
 
     def _release(self, attempt: Prefill) -> None:
+        if not self._decoys.keep(attempt):
+            self._free(attempt)
+
+    def _free(self, attempt: Prefill) -> None:
         self._engine.pool.seal(attempt.seq, attempt.cache_key)
         self._engine.pool.release(attempt.seq)
         self.pages_changed_hands()
@@ -133,6 +142,7 @@ class PrefillLoop(WorkerLoop[Prefill]):
             return
         if not isinstance(event, Delivered | Aborted | Busy):
             return
+        self._decoys.ended(event.key)
         closing = self._closing.pop(event.key, None)
         if closing is not None:
             self._release(closing)
@@ -160,6 +170,7 @@ class PrefillLoop(WorkerLoop[Prefill]):
     # ------------------------------------------------------------ one round
 
     def turn(self, now: float) -> float | None:
+        self._decoys.sweep()
         while True:
             plan = self._policy.next_batch(now)
             if not plan.chunks:
@@ -195,7 +206,8 @@ class PrefillLoop(WorkerLoop[Prefill]):
         if partner is None:
             raise RuntimeError(f"prefill attempt {attempt.key} has no partner")
         attempt.lent = True
-        self.sender.begin(attempt.key, partner, seq.ids, attempt.cache_key, list(seq.pages))
+        shown = self._decoys.instead_of(attempt).seq  # its own, but for the fault `misbind`
+        self.sender.begin(attempt.key, partner, shown.ids[: len(seq.ids)], attempt.cache_key, list(shown.pages))
         if cached:
             self.sender.ready(attempt.key, cached)
         return True
@@ -205,6 +217,7 @@ class PrefillLoop(WorkerLoop[Prefill]):
         chunks = [(w.num_new, w.seq.num_computed, w.num_new == w.seq.num_uncomputed) for w in work]
         self._meter.begin(chunks, started)
         self.report()  # `accepted`, failures and the queue need not wait for the batch
+        self._overlap.begin((w.seq.key, w.seq.num_computed, w.num_new) for w in work)
         sampled = self._engine.step(work, on_layers=self._on_layers)
         ended = self.clock()
         self._meter.end(ended)
@@ -215,12 +228,17 @@ class PrefillLoop(WorkerLoop[Prefill]):
                 continue
             self._engine.pool.seal(attempt.seq, attempt.cache_key)
             self._policy.progress(attempt.key, item.num_new)
-            self.sender.ready(attempt.key, attempt.seq.num_computed)  # ignored where it has failed meanwhile
             if token is not None:
                 self._first_token(attempt, token)
 
-    def _on_layers(self, _first: int, _last: int) -> None:
+    def _on_layers(self, _first: int, end: int) -> None:
         self._faults.point("first_chunk_computing")
+        self._overlap.computed(end)
+
+    def _bandwidth(self, key: Key) -> float:
+        partner = self.attempts[key].submission.partner
+        link = self._links.get(partner.incarnation) if partner else None
+        return link.bandwidth_bytes_per_s if link else 0.0
 
     def _first_token(self, attempt: Prefill, sampled: Sampled) -> None:
         token = take_token(attempt.seq, sampled)
@@ -239,7 +257,7 @@ class PrefillLoop(WorkerLoop[Prefill]):
 
     @property
     def idle(self) -> bool:
-        return not self.attempts and not self._closing
+        return not self.attempts and not self._closing and not self._decoys
 
     def publish(self, now: float) -> None:
         pool = self._engine.pool

@@ -35,7 +35,7 @@ def main() -> None:
 
 
 async def _serve(config: WorkerConfig) -> None:
-    faults = Faults.from_env(os.environ, (config.listen, config.kv_listen))
+    faults = Faults.from_env(os.environ, (config.listen, config.kv_listen), config.name)
     engine = Engine.load(config)  # before anything listens: nothing can ask for a model that is not there
     engine.warm_up()
     incarnation = str(uuid.uuid4())

@@ -102,7 +102,7 @@ class _ReceiverThread(SocketThread):
         limits: Limits,
     ) -> None:
         super().__init__("kv-receiver", limits, Counters(), faults)
-        self.core = ReceiverCore(identity, timers, limits, self.counters)
+        self.core = ReceiverCore(identity, timers, limits, self.counters, bound=not self.faults.unbound)
         self._layout = identity.layout
         self._store = store
         self._on_event = on_event

@@ -27,9 +27,12 @@ _BUSY_RETRY_S = 0.5
 
 
 class ReceiverCore:
-    def __init__(self, identity: Endpoint, timers: Timers, limits: Limits, counters: Counters) -> None:
+    def __init__(
+        self, identity: Endpoint, timers: Timers, limits: Limits, counters: Counters, *, bound: bool = True
+    ) -> None:
         self._me = identity.incarnation
         self._layout = identity.layout
+        self._bound = bound
         self._timers = timers
         self._limits = limits
         self._counters = counters
@@ -58,7 +61,7 @@ class ReceiverCore:
         if (answer := self.table.tombstones.answer(key)) is not None:
             return [Emit(Aborted(key, getattr(answer, "reason", "this attempt has already ended")))]
         actions = self.table.supersede(key, now)
-        transfer = self.table.live.setdefault(key, ReceiverTransfer(key, self._layout))
+        transfer = self.table.live.setdefault(key, ReceiverTransfer(key, self._layout, bound=self._bound))
         if transfer.expected is not None:
             return actions  # the same Submit twice: the first one stands
         return actions + self.table.guard(transfer, lambda: transfer.expect(binding), now)
@@ -154,7 +157,7 @@ class ReceiverCore:
             return [Send(begin.src, m.BusyReply(*names, _BUSY_RETRY_S))]
         actions = self.table.supersede(key, now)
         if transfer is None:
-            transfer = self.table.live[key] = ReceiverTransfer(key, self._layout)
+            transfer = self.table.live[key] = ReceiverTransfer(key, self._layout, bound=self._bound)
             transfer.hold_until = now + self._timers.hold_begin_s
         transfer.lease_at = now + self._timers.lease_s
         fresh = transfer

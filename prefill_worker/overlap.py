@@ -1,0 +1,52 @@
+"""While a batch is computed: tells the sender of finished layers, in groups that are worth sending.
+
+Owns: which layers of the running batch have been announced. Runs on the engine thread, between two layers: it must
+cost microseconds. Must not: know pages or wait for anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from lanewise.policy.blocks import KVLayout
+from lanewise.transfer.grouping import layers_per_group
+
+Key = tuple[str, int]
+
+
+class _Sender(Protocol):
+    def ready(self, key: Key, tokens: int, layers: range | None = None) -> None: ...
+
+
+@dataclass(slots=True)
+class _Part:
+    key: Key
+    tokens: int  # ids[0:tokens] are computed when the batch is
+    group: int
+    announced: int = 0  # layers
+
+
+class Overlap:
+    def __init__(self, layout: KVLayout, sender: _Sender, bandwidth: Callable[[Key], float]) -> None:
+        """`bandwidth(key)`: measured bytes per second towards the partner of an attempt; 0 where nobody knows."""
+        self._layout = layout
+        self._sender = sender
+        self._bandwidth = bandwidth
+        self._parts: list[_Part] = []
+
+    def begin(self, chunks: Iterable[tuple[Key, int, int]]) -> None:
+        """A batch starts: (key, tokens computed before, new tokens) of each sequence in it."""
+        self._parts = [
+            _Part(key, before + new, layers_per_group(self._layout, new, self._bandwidth(key)))
+            for key, before, new in chunks
+        ]
+
+    def computed(self, layer_end: int) -> None:
+        """KV of layers 0 to `layer_end` of the batch is in the pool."""
+        last = layer_end == self._layout.num_layers
+        for part in self._parts:
+            if layer_end - part.announced >= part.group or (last and part.announced < layer_end):
+                self._sender.ready(part.key, part.tokens, range(part.announced, layer_end))
+                part.announced = layer_end
