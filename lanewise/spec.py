@@ -87,7 +87,7 @@ class Rollout(Model):
         Rule(
             "maxUnavailable",
             "expected more than 0 when maxSurge is 0, or no pod could ever be replaced",
-            "int(string(self.maxSurge).replace('%', '')) > 0 || int(string(self.maxUnavailable).replace('%', '')) > 0",
+            "![self.maxSurge, self.maxUnavailable].all(n, n == 0 || n == '0' || n == '0%')",
             lambda self: not (self.max_surge.is_zero and self.max_unavailable.is_zero),
         ),
     )

@@ -25,7 +25,7 @@ _VALUE = re.compile(r"\{self\.([a-z_.]+)\}")
 
 
 def _cel_text(text: str) -> str:
-    """A string literal of CEL; an empty one where there is nothing to say."""
+    """A string literal of CEL."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
@@ -99,14 +99,10 @@ def _parts(field: str) -> tuple[str, ...]:
 def _validation(cel: str, message: str, field: str, reason: Reason) -> dict[str, str]:
     """Values in the message are read by the API server too; `message` stays for a value that is not there."""
     entry = {"rule": cel}
-    pieces = _VALUE.split(message)
-    if len(pieces) > 1:
-        spoken = (
-            f"string(self.{'.'.join(map(to_camel, piece.split('.')))})" if index % 2 else _cel_text(piece)
-            for index, piece in enumerate(pieces)
-            if piece
-        )
-        entry["messageExpression"] = " + ".join(spoken)
+    values = [".".join(map(to_camel, value.split("."))) for value in _VALUE.findall(message)]
+    if values:
+        text = _VALUE.sub("%s", message.replace("%", "%%"))
+        entry["messageExpression"] = f"{_cel_text(text)}.format([{', '.join(f'self.{value}' for value in values)}])"
     entry["message"] = _VALUE.sub(lambda found: to_camel(found[1]), message)
     if field:
         path, _, quoted = field.partition("[")

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from lanewise.spec_model import EachRule, Model, Rule
 from lanewise.spec_source import ApiKeysRef
-from lanewise.spec_types import ObjectName, PositiveQuantity, Quantity
+from lanewise.spec_types import ObjectName, PositiveQuantity, Quantity, cel_quantity
 
 GPU_RESOURCE = "nvidia.com/gpu"
 RESOURCE_NAME_LENGTH = 317
@@ -29,15 +29,15 @@ def _over_limit(found: Resources) -> list[tuple[str]]:
 class Resources(Model):
     """Container resources, as in a pod."""
 
-    limits: dict[str, Quantity] = Field(default_factory=dict, max_length=16, description="most a container gets")
-    requests: dict[str, Quantity] = Field(default_factory=dict, max_length=16, description="what a node must have free")
+    limits: dict[str, Quantity] = Field(default={}, max_length=16, description="most a container gets")
+    requests: dict[str, Quantity] = Field(default={}, max_length=16, description="what a node must have free")
 
     rules = (
         EachRule(
             "requests",
             "expected at most the limit of the same name",
-            "self.requests.all(name, !(name in self.limits) || quantity(string(self.requests[name]))"
-            ".compareTo(quantity(string(self.limits[name]))) <= 0)",
+            "self.requests.all(name, !(name in self.limits)"
+            f" || {cel_quantity('self.requests[name]')}.compareTo({cel_quantity('self.limits[name]')}) <= 0)",
             _over_limit,
         ),
         *(
@@ -73,7 +73,7 @@ def _gpus(side: str) -> Rule:
         f"resources.{side}[{GPU_RESOURCE}]",
         "expected tensorParallel ({self.tensor_parallel}) GPUs",
         f"!('{GPU_RESOURCE}' in self.resources.{side})"
-        f" || quantity(string({quoted})).compareTo(quantity(string(self.tensorParallel))) == 0",
+        f" || {cel_quantity(quoted)}.compareTo(quantity('0').add(self.tensorParallel)) == 0",
         lambda self: (
             getattr(self.resources, side).get(GPU_RESOURCE, Quantity(self.tensor_parallel)).value
             == self.tensor_parallel

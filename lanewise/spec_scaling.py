@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from lanewise.spec_model import EachRule, Metadata, Model, Rule
+from lanewise.spec_status import Condition
 from lanewise.spec_types import CRON, Duration, PositiveDuration, ServiceName
 
 
@@ -154,7 +155,7 @@ class ScalingPolicySpec(Model):
     budget: Budget = Field(default=Budget(), description="bounds on both roles together")
     ratio: Ratio = Field(default=Ratio(), description="bounds on prefill workers per 100 decode workers")
     behavior: Behavior = Field(default=Behavior(), description="how fast counts change")
-    schedules: list[Schedule] = Field(default_factory=list, max_length=32, description="raised minimums at given times")
+    schedules: list[Schedule] = Field(default=[], max_length=32, description="raised minimums at given times")
     scale_to_zero: ScaleToZero | None = Field(default=None, description="omitted: never below the minimums")
 
     rules = (
@@ -177,3 +178,15 @@ class ScalingPolicy(Model):
     metadata: Metadata
     spec: ScalingPolicySpec
     status: dict[str, Any] | None = Field(default=None, description="written by the operator, ignored everywhere else")
+
+
+class ScalingPolicyStatus(Model):
+    """What was observed: `Active` is False where another policy or autoscaler owns the counts."""
+
+    observed_generation: int = Field(default=0, description="generation of the spec that was last looked at")
+    conditions: list[Condition] = Field(
+        default_factory=list,
+        max_length=16,
+        description="observations by type",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )

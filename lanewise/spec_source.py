@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from lanewise.spec_model import Model, Rule, Transition
-from lanewise.spec_types import MODEL_URI, REVISION, SECRET_KEY, SERVED_NAME, ObjectName, PositiveQuantity
+from lanewise.spec_types import MODEL_URI, REVISION, SECRET_KEY, SERVED_NAME, ObjectName, PositiveQuantity, cel_quantity
 
 _HF = "self.uri.startsWith('hf://')"
 _NAME = "(has({0}.servedName) ? {0}.servedName : {0}.uri.find('[^/]+/*$').replace('/', ''))"
@@ -65,7 +65,7 @@ class Cache(Model):
             "size",
             "a claim can grow, not shrink",
             "!has(self.size) || !has(oldSelf.size)"
-            " || quantity(string(self.size)).compareTo(quantity(string(oldSelf.size))) >= 0",
+            f" || {cel_quantity('self.size')}.compareTo({cel_quantity('oldSelf.size')}) >= 0",
         ),
         *(
             Transition(

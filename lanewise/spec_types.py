@@ -22,6 +22,11 @@ _QUANTITY_SCALE = {
 }
 
 
+def cel_quantity(value: str) -> str:
+    """CEL of a quantity that may be written as a number; `string()` of one has no bound in the API server's costs."""
+    return f"(type({value}) == int ? quantity('0').add({value}) : quantity({value}))"
+
+
 MAX_WRITTEN = 32
 """Characters of a duration, quantity or percentage."""
 
@@ -116,7 +121,7 @@ class Quantity(_Written):
 
     pattern = r"[0-9]{1,18}(\.[0-9]{1,9})?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?"
     expected = "a quantity such as 2, 500m or 16Gi (quote a fraction)"
-    max_int = 10**18 - 1
+    max_int = 10**15  # exact in the float64 that bounds of a schema are
 
     @property
     def value(self) -> Decimal:
@@ -125,7 +130,7 @@ class Quantity(_Written):
 
 
 class PositiveQuantity(Quantity):
-    rule = ("quantity(string(self)).isGreaterThan(quantity('0'))", "expected more than 0")
+    rule = (f"{cel_quantity('self')}.isGreaterThan(quantity('0'))", "expected more than 0")
 
     @property
     def sound(self) -> bool:
@@ -135,7 +140,7 @@ class PositiveQuantity(Quantity):
 class IntOrPercent(_Written):
     """A number of pods, or a share of them such as `25%`."""
 
-    pattern = r"([0-9]{1,4}|[0-9]{1,2}%|100%)"
+    pattern = r"(0|[1-9][0-9]{0,3}|(0|[1-9][0-9]?|100)%)"
     expected = "a count such as 1 or a percentage such as 25%"
     max_int = 9999
 

@@ -1,0 +1,52 @@
+{{- /*
+What the operator may do in the namespaces it works in: exactly what it does. A test reads the API server's audit log and
+fails on a verb here that was never used. Nothing on Secrets: pods mount them.
+*/}}
+{{- define "lanewise.rules" -}}
+- apiGroups: [lanewise.io]
+  resources: [llmservices]
+  verbs: [list, watch]
+- apiGroups: [lanewise.io]
+  resources: [llmservices/status]
+  verbs: [patch]
+- apiGroups: [""]
+  resources: [services, serviceaccounts, configmaps, persistentvolumeclaims]
+  verbs: [list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [list, watch]
+- apiGroups: [""]
+  resources: [events]
+  verbs: [create]
+- apiGroups: [apps]
+  resources: [deployments]
+  verbs: [list, watch, create, patch, delete]
+- apiGroups: [apps]
+  resources: [deployments/scale]
+  verbs: [patch]
+- apiGroups: [apps]
+  resources: [controllerrevisions]
+  verbs: [list, create, patch, delete]
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [list, watch, create, patch, delete]
+- apiGroups: [policy]
+  resources: [poddisruptionbudgets]
+  verbs: [list, watch, create, patch, delete]
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [list, watch, create, patch, delete]
+- apiGroups: [rbac.authorization.k8s.io]
+  resources: [rolebindings]
+  verbs: [list, watch, create, patch, delete]
+# To bind the routers' role without holding what it grants, and no other role.
+- apiGroups: [rbac.authorization.k8s.io]
+  resources: [clusterroles]
+  resourceNames: [{{ include "lanewise.routerClusterRole" . }}]
+  verbs: [bind]
+{{- if eq (include "lanewise.monitoring" .) "true" }}
+- apiGroups: [monitoring.coreos.com]
+  resources: [podmonitors, servicemonitors]
+  verbs: [list, create, patch, delete]
+{{- end }}
+{{- end }}
