@@ -1,0 +1,186 @@
+"""From what was observed to what each role needs: the requirement, before any rule bounds it.
+
+Owns: which sums and forecasts make the requirement, the learned correction, and the words for them.
+Must not: know limits, windows or budgets (`scaling.py` does).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lanewise.policy.scaling_capacity import (
+    DecodeLoad,
+    PrefillWork,
+    batch_rate,
+    decode_workers,
+    late_share,
+    prefill_work,
+    prefill_workers,
+)
+from lanewise.policy.scaling_forecast import Forecast, Sample, forecast, growth
+from lanewise.policy.scaling_types import Demand, Observation, Rules, State
+
+RECENT_S = 600.0  # over which the shape of requests (lengths, contexts) is taken
+MIN_REQUESTS = 30  # for that; where fewer came, the whole history is used
+DRAIN_S = 60.0  # in which a backlog beyond the usual is to be worked off
+KEEP = 0.04  # by how much the load must fall below what a count holds before the count is given up
+KEEP_ERRORS = 1.5  # and by how many standard errors of the forecast
+KEEP_MOST = 0.15
+CORRECTION = (0.3, 2.0)  # bounds of late shares measured over expected
+PRIOR_LATE = 10.0  # requests' worth of belief in PRIOR
+PRIOR = 0.6  # giving up the longest first loses fewer than the formula's random arrivals would
+MEMORY_S = 3600.0  # of the correction
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Workers each role needs, and those it may not go below yet (the margin against going to and fro)."""
+
+    prefill: int
+    decode: int
+    prefill_keep: int
+    decode_keep: int
+    words: str
+    facts: dict[str, float]
+
+
+def need(rules: Rules, state: State, seen: Observation) -> Need:
+    """The requirement for the moment when a worker asked for now would serve its first request."""
+    shape = recent(state.bins)
+    horizon = seen.start_s + rules.period_s
+    season = growth(state.season, seen.at_s, horizon)
+    work = work_of(rules, seen, shape)
+    busy = forecast(work_samples(rules, seen, state.bins), horizon, season)
+    length = _mean(shape.output_tokens, shape.finished or shape.requests)
+    tokens = forecast(token_samples(state.bins, length), horizon, season)
+    correction = correction_of(state)
+    prefill = _prefill(rules, seen, shape, work, busy, correction)
+    decode, load = _decode(rules, seen, shape, tokens)
+    words = (
+        f"{_rate(shape)} requests/s × {_mean(shape.uncached_tokens, shape.requests):.0f} uncached tokens keep "
+        f"{busy.value:.2f} prefill workers busy in {horizon:.0f} s ({_course(busy)}); {prefill[0]} keep late prompts "
+        f"under {100 * rules.late_share:g} % (correction {correction:.2f}); {tokens.value:.0f} output tokens/s at "
+        f"{load.context_tokens:.0f} tokens of context ({_course(tokens)}) and {seen.running:.0f} running need "
+        f"{decode[0]} decode"
+    )
+    facts = {
+        "requests_per_s": shape.requests / shape.seconds if shape.seconds else 0.0,
+        "prefill_busy": busy.value,
+        "output_tokens_per_s": tokens.value,
+        "context_tokens": load.context_tokens,
+        "correction": correction,
+        "prefill_needed": float(prefill[0]),
+        "decode_needed": float(decode[0]),
+        "horizon_s": horizon,
+    }
+    return Need(prefill[0], decode[0], prefill[1], decode[1], words, facts)
+
+
+def recent(bins: tuple[Demand, ...]) -> Demand:
+    """The newest bins together: RECENT_S of them, more where few requests came."""
+    total = Demand()
+    for bin in reversed(bins):
+        if total.seconds >= RECENT_S and total.requests >= MIN_REQUESTS:
+            break
+        total += bin
+    return total
+
+
+def work_of(rules: Rules, seen: Observation, shape: Demand) -> PrefillWork:
+    """Prefill time of a mean request, as the workers' cost model has it now."""
+    work = prefill_work(
+        seen.prefill.cost, rules.ttft_s, shape.requests, shape.uncached_tokens, shape.uncached_squares, shape.attended
+    )
+    return PrefillWork(work.mean_s * seen.prefill.correction, work.spread)
+
+
+def expected_late(rules: Rules, seen: Observation, bins: tuple[Demand, ...]) -> float:
+    """Share of the newest bin's prompts that the formula, uncorrected, expects to be late with the ready workers."""
+    work = work_of(rules, seen, recent(bins))
+    if not bins or work.mean_s <= 0:
+        return 0.0
+    level = forecast(work_samples(rules, seen, bins), 0.0).level
+    return late_share(seen.prefill.ready, level, work, rules.ttft_s)
+
+
+def correction_of(state: State) -> float:
+    """Measured over expected late share, bounded, drawn to PRIOR while little was seen."""
+    share = (state.late_seen + PRIOR_LATE * PRIOR) / (state.late_expected + PRIOR_LATE)
+    return min(max(share, CORRECTION[0]), CORRECTION[1])
+
+
+def work_samples(rules: Rules, seen: Observation, bins: tuple[Demand, ...]) -> list[Sample]:
+    """Prefill seconds that arrived in each bin; a request's time is taken as proportional to its uncached tokens."""
+    cost, slower = seen.prefill.cost, seen.prefill.correction
+    per_token = batch_rate(cost, rules.ttft_s)
+    found = []
+    for bin in bins:
+        amount = per_token * bin.uncached_tokens + cost.attention_s * bin.attended + cost.request_s * bin.requests
+        amount *= slower
+        each = amount / bin.uncached_tokens if bin.uncached_tokens else 0.0
+        found.append(Sample(bin.seconds, amount, each * each * bin.uncached_squares))
+    return found
+
+
+def token_samples(bins: tuple[Demand, ...], length: float) -> list[Sample]:
+    """Output tokens of each bin; lengths are taken to spread like exponential ones."""
+    return [Sample(bin.seconds, bin.output_tokens, 2 * length * bin.output_tokens) for bin in bins]
+
+
+def _prefill(
+    rules: Rules, seen: Observation, shape: Demand, work: PrefillWork, busy: Forecast, correction: float
+) -> tuple[int, int]:
+    if work.mean_s <= 0:
+        return 0, 0
+    waiting_s = max(seen.queued_tokens, 0.0) / max(_mean(shape.uncached_tokens, shape.requests), 1.0) * work.mean_s
+    excess = max(waiting_s - max(seen.prefill.ready, 1) * rules.ttft_s, 0.0) / DRAIN_S
+    loads = (busy.value + excess, (busy.value + excess) * (1 + margin(busy)))
+    low, high = (
+        prefill_workers(load, work, rules.ttft_s, rules.late_share, correction, _beyond(rules.prefill_max))
+        for load in loads
+    )
+    return low, high
+
+
+def _decode(rules: Rules, seen: Observation, shape: Demand, tokens: Forecast) -> tuple[tuple[int, int], DecodeLoad]:
+    prompt = _mean(shape.prompt_tokens, shape.requests)
+    length = _mean(shape.output_tokens, shape.finished or shape.requests)
+    context = prompt + length  # long outputs stay longest: about twice half of the mean
+    spread = _mean(shape.prompt_squares, shape.requests) / (prompt * prompt) - 1 if prompt else 0.0
+    role = seen.decode
+    counts = [
+        decode_workers(
+            DecodeLoad(rate, context, max(spread, 0.0)),
+            seen.running,
+            role.cost,
+            role.kv_capacity_tokens,
+            rules.tpot_s,
+            role.correction,
+            _beyond(rules.decode_max),
+        )
+        for rate in (tokens.value, tokens.value * (1 + margin(tokens)))
+    ]
+    return (counts[0], counts[1]), DecodeLoad(tokens.value, context, max(spread, 0.0))
+
+
+def _beyond(most: int) -> int:
+    """Requirements are computed past the maximum, so that a decision can say what it falls short of."""
+    return 2 * most + 8
+
+
+def margin(found: Forecast) -> float:
+    """Share by which a load must be able to rise again before its workers are given up."""
+    noise = KEEP_ERRORS * found.error / found.level if found.level > 0 else 0.0
+    return min(max(noise, KEEP), KEEP_MOST)
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count > 0 else 0.0
+
+
+def _rate(shape: Demand) -> str:
+    return f"{_mean(shape.requests, shape.seconds):.2f}"
+
+
+def _course(found: Forecast) -> str:
+    return f"{found.level:.4g} over {found.window_s:.0f} s, trend {100 * found.trend:+.0f} %"
