@@ -85,7 +85,10 @@ class Http:
         self._socket.sendall(message)  # blocking: nothing else happens in this process meanwhile
         reply = self._socket.recv(65536)
         while len(reply) < _length(reply):
-            reply += self._socket.recv(65536)
+            more = self._socket.recv(65536)
+            if not more:
+                raise ConnectionError(f"the router closed the connection after {reply!r}")
+            reply += more
         took = time.perf_counter() - started
         assert b" 200 " in reply.split(b"\r\n")[0], reply
         return took

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import structlog
-from aiohttp import web
 
 from lanewise.errors import ErrorCode, LanewiseError
+from lanewise.router.http_exchange import Exchange
 from lanewise.router.metrics import RouterMetrics
 from lanewise.router.openai_reply import error_body, error_headers
 
@@ -38,39 +38,36 @@ class Call:
     error: ErrorCode | None = None
 
 
-Serve = Callable[[web.Request, Call], Awaitable[web.StreamResponse]]
+Serve = Callable[[Exchange, Call], Awaitable[None]]
 
 
 class Calls:
     def __init__(self, metrics: RouterMetrics) -> None:
         self._metrics = metrics
 
-    def serve(self, serve: Serve) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        async def handle(request: web.Request) -> web.StreamResponse:
-            started = time.monotonic()
-            call = Call(client_id=request.headers.get("x-request-id", "")[:MAX_CLIENT_ID])
-            status = CLIENT_GONE
-            try:
-                response = await _answered(serve, request, call)
-                status = response.status
-                return response
-            except ConnectionError:  # while it was written to
-                call.error = ErrorCode.CANCELLED
-                raise
-            finally:
-                took_s = time.monotonic() - started
-                # aiohttp writes the answer after this returns: nothing that only we read may stand before it.
-                account = partial(self._account, request.method, request.path, status, took_s, call)
-                asyncio.get_running_loop().call_later(ACCOUNT_DELAY_S, account)
+    async def serve(self, serve: Serve, exchange: Exchange) -> None:
+        """Let `serve` answer; what it raises becomes the answer."""
+        started = time.monotonic()
+        call = Call(client_id=(exchange.header(b"x-request-id") or "")[:MAX_CLIENT_ID])
+        answered = False
+        try:
+            await _answered(serve, exchange, call)
+            answered = True
+        except ConnectionError:  # while it was written to
+            call.error = ErrorCode.CANCELLED
+            raise
+        finally:
+            took_s = time.monotonic() - started
+            # The answer is on its way; nothing that only we read may keep this thread from the next one.
+            account = partial(self._account, exchange, exchange.status if answered else CLIENT_GONE, took_s, call)
+            asyncio.get_running_loop().call_later(ACCOUNT_DELAY_S, account)
 
-        return handle
-
-    def _account(self, method: str, path: str, status: int, took_s: float, call: Call) -> None:
+    def _account(self, exchange: Exchange, status: int, took_s: float, call: Call) -> None:
         self._metrics.http.labels(str(status)).inc()
         log.info(
             "http",
-            method=method,
-            path=path,
+            method=exchange.method,
+            path=exchange.path,
             status=status,
             duration_ms=round(took_s * 1000, 2),
             request_id=call.request_id,
@@ -82,25 +79,28 @@ class Calls:
         )
 
 
-async def _answered(serve: Serve, request: web.Request, call: Call) -> web.StreamResponse:
+async def _answered(serve: Serve, exchange: Exchange, call: Call) -> None:
     try:
-        return await serve(request, call)
+        if exchange.fault is not None:
+            raise exchange.fault
+        await serve(exchange, call)
+        return
     except LanewiseError as error:
         failure = error
-    except (web.HTTPException, ConnectionError):
+    except ConnectionError:
         raise
     except Exception:
-        log.exception("http_defect", path=request.path, request_id=call.request_id)
+        log.exception("http_defect", path=exchange.path, request_id=call.request_id)
         failure = LanewiseError(ErrorCode.INTERNAL, "internal error; the router's log has the details")
     call.error = failure.code
-    return json_response(error_body(failure), call, failure.transport.http, error_headers(failure))
+    reply_json(exchange, call, error_body(failure), failure.transport.http, error_headers(failure))
 
 
-def json_response(
-    body: bytes, call: Call, status: int = 200, headers: dict[str, str] | None = None
-) -> web.StreamResponse:
-    headers = {**headers_of(call), **(headers or {})}
-    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+def reply_json(
+    exchange: Exchange, call: Call, body: bytes, status: int = 200, headers: dict[str, str] | None = None
+) -> None:
+    named = headers_of(call)
+    exchange.reply(status, body, "application/json; charset=utf-8", named | headers if headers else named)
 
 
 def headers_of(call: Call) -> dict[str, str]:

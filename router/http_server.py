@@ -7,27 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
-from aiohttp import web
-
 from lanewise.config import RouterConfig
-from lanewise.errors import ErrorCode, LanewiseError, invalid
+from lanewise.errors import LanewiseError, invalid
 from lanewise.router import openai_reply as reply
 from lanewise.router import openai_request as api
 from lanewise.router.auth import ApiKeys
 from lanewise.router.catalog import Catalog, Model
 from lanewise.router.dispatch import Dispatcher
 from lanewise.router.generation import Ended, Event, Front, Generation
-from lanewise.router.http_calls import Call, Calls, headers_of, json_response
+from lanewise.router.http_calls import Call, Calls, Serve, headers_of, reply_json
+from lanewise.router.http_exchange import Exchange
 from lanewise.router.metrics import RouterMetrics
 from lanewise.router.sampling import GenerationRequest
 
-BODY_S = 60.0  # a body that has not arrived by then is given up
 # A stream's status is not sent before its first event, so that an error keeps its status: longer than the default
 # hold_timeout, and shorter than the 60 s after which proxies commonly give up on a silent server.
 FIRST_KEEP_ALIVE_S = 40.0
 KEEP_ALIVE_S = 15.0
+TEXT = "text/plain; charset=utf-8"
+_NO_BUFFERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # of proxies, in front of a stream
 
 
 class HttpServer:
@@ -47,18 +48,28 @@ class HttpServer:
         self._metrics = metrics
         self._keys = keys
         self._calls = Calls(metrics)
+        self._calls_of: dict[str, dict[str, Serve]] = {
+            "/v1/completions": {"POST": self._completions},
+            "/v1/chat/completions": {"POST": self._chat},
+            "/v1/models": {"GET": self._models},
+        }
+        self._plain: dict[str, Callable[[Exchange], None]] = {
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/metrics": self._scrape,
+        }
 
-    def app(self) -> web.Application:
-        app = web.Application(client_max_size=self._config.max_body_bytes)
-        app.router.add_post("/v1/completions", self._calls.serve(self._completions))
-        app.router.add_post("/v1/chat/completions", self._calls.serve(self._chat))
-        app.router.add_get("/v1/models", self._calls.serve(self._models))
-        app.router.add_get("/v1/models/{name:.+}", self._calls.serve(self._model))
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/readyz", self._readyz)
-        app.router.add_get("/metrics", self._scrape)
-        app.router.add_route("*", "/{path:.*}", self._calls.serve(self._nothing))
-        return app
+    async def handle(self, exchange: Exchange) -> None:
+        """Answer one request, whatever it is."""
+        path = exchange.path
+        plain = self._plain.get(path)
+        if plain is not None and exchange.method in ("GET", "HEAD") and exchange.fault is None:
+            plain(exchange)
+            return
+        methods = self._calls_of.get(path)
+        if methods is None and path.startswith("/v1/models/"):
+            methods = {"GET": self._model}
+        await self._calls.serve((methods or {}).get(exchange.method, self._nothing), exchange)
 
     @property
     def ready(self) -> bool:
@@ -67,18 +78,18 @@ class HttpServer:
 
     # ------------------------------------------------------------ generation
 
-    async def _completions(self, request: web.Request, call: Call) -> web.StreamResponse:
-        salt = self._keys.check(request.headers.get("Authorization"))
-        body = api.parse_completion(await self._body(request))
-        wanted = self._with_headers(request, api.completion_request(body), salt)
-        return await self._generate(request, call, wanted, body, chat=False, logprobs=body.logprobs is not None)
+    async def _completions(self, exchange: Exchange, call: Call) -> None:
+        salt = self._keys.check(exchange.header(b"authorization"))
+        body = api.parse_completion(bytes(exchange.body))
+        wanted = self._with_headers(exchange, api.completion_request(body), salt)
+        await self._generate(exchange, call, wanted, body, chat=False, logprobs=body.logprobs is not None)
 
-    async def _chat(self, request: web.Request, call: Call) -> web.StreamResponse:
-        salt = self._keys.check(request.headers.get("Authorization"))
-        body = api.parse_chat(await self._body(request))
-        wanted = self._with_headers(request, api.chat_request(body), salt)
+    async def _chat(self, exchange: Exchange, call: Call) -> None:
+        salt = self._keys.check(exchange.header(b"authorization"))
+        body = api.parse_chat(bytes(exchange.body))
+        wanted = self._with_headers(exchange, api.chat_request(body), salt)
         try:
-            return await self._generate(request, call, wanted, body, chat=True, logprobs=bool(body.logprobs))
+            await self._generate(exchange, call, wanted, body, chat=True, logprobs=bool(body.logprobs))
         except LanewiseError as error:
             if error.param == "prompt":  # which a chat client has not sent
                 error.param = "messages"
@@ -86,18 +97,18 @@ class HttpServer:
 
     async def _generate(
         self,
-        request: web.Request,
+        exchange: Exchange,
         call: Call,
         wanted: GenerationRequest,
         body: api.CompletionBody | api.ChatBody,
         *,
         chat: bool,
         logprobs: bool,
-    ) -> web.StreamResponse:
+    ) -> None:
         options = body.stream_options
         if options is not None and not body.stream:
             raise invalid("stream_options needs stream: true", "stream_options")
-        generation = await self._front.generate(wanted, on_stall=lambda: _abort(request))
+        generation = await self._front.generate(wanted, on_stall=exchange.abort)
         call.request_id = generation.id
         call.prompt_tokens = generation.prompt_tokens
         try:
@@ -105,18 +116,17 @@ class HttpServer:
             answer = reply.Reply(generation, chat=chat, logprobs=logprobs, usage_chunk=usage_chunk)
             if body.stream:
                 call.stream = True
-                return await self._stream(request, call, generation, answer)
+                await self._stream(exchange, call, generation, answer)
+                return
             while not generation.done:
                 for event in await generation.next():
                     _raise_error(event, call)
                     answer.collect(event)
-            return json_response(answer.whole(), call)
+            reply_json(exchange, call, answer.whole())
         finally:
             generation.close()
 
-    async def _stream(
-        self, request: web.Request, call: Call, generation: Generation, answer: reply.Reply
-    ) -> web.StreamResponse:
+    async def _stream(self, exchange: Exchange, call: Call, generation: Generation, answer: reply.Reply) -> None:
         events: list[Event] = []
         patience_ends = time.monotonic() + FIRST_KEEP_ALIVE_S
         while not events and (left := patience_ends - time.monotonic()) > 0:
@@ -124,11 +134,7 @@ class HttpServer:
         for event in events:
             if isinstance(event, Ended) and event.error is not None:
                 raise event.error
-        response = web.StreamResponse(headers=headers_of(call))
-        response.content_type = "text/event-stream"
-        response.headers["Cache-Control"] = "no-cache"
-        response.headers["X-Accel-Buffering"] = "no"
-        await response.prepare(request)
+        exchange.begin(200, "text/event-stream", headers_of(call) | _NO_BUFFERS)
         try:
             while True:
                 data = bytearray()
@@ -139,24 +145,22 @@ class HttpServer:
                     data += answer.last()
                     break
                 if data:
-                    await response.write(data)
+                    await exchange.write(data)
                 events = await generation.next(KEEP_ALIVE_S)
                 if not events:
-                    await response.write(reply.KEEP_ALIVE)
+                    await exchange.write(reply.KEEP_ALIVE)
         except LanewiseError as error:  # the status is out: an error event, then the end, never a silent end
             call.error = error.code
             data += b"data: " + reply.error_body(error) + b"\n\n"
         # While tokens wait, the outbox notices a client that takes nothing; nothing waits behind the last bytes.
         try:
             async with asyncio.timeout(self._config.client_stall_s):
-                await response.write(data)
-                await response.write_eof()
+                await exchange.finish(data)
         except TimeoutError:
-            _abort(request)
-        return response
+            exchange.abort()
 
-    def _with_headers(self, request: web.Request, wanted: GenerationRequest, salt: bytes) -> GenerationRequest:
-        target = request.headers.get("x-slo-ttft-ms")
+    def _with_headers(self, exchange: Exchange, wanted: GenerationRequest, salt: bytes) -> GenerationRequest:
+        target = exchange.header(b"x-slo-ttft-ms")
         if target is None:
             return replace(wanted, tenant_salt=salt) if salt else wanted
         try:
@@ -165,50 +169,35 @@ class HttpServer:
             raise invalid("x-slo-ttft-ms must be a number of milliseconds", "x-slo-ttft-ms") from None
         return replace(wanted, tenant_salt=salt, ttft_target_s=target_s)
 
-    async def _body(self, request: web.Request) -> bytes:
-        limit = self._config.max_body_bytes
-        too_large = LanewiseError(ErrorCode.PAYLOAD_TOO_LARGE, f"the body is larger than {limit} bytes")
-        if (request.content_length or 0) > limit:
-            raise too_large
-        try:
-            if request.content.is_eof():  # it came with the head, as most do
-                return await request.read()
-            async with asyncio.timeout(BODY_S):
-                return await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise too_large from None
-        except TimeoutError:
-            raise invalid(f"the body did not arrive within {BODY_S:g} s") from None
-
     # ------------------------------------------------------------ the rest
 
-    async def _models(self, request: web.Request, call: Call) -> web.StreamResponse:
-        self._keys.check(request.headers.get("Authorization"))
+    async def _models(self, exchange: Exchange, call: Call) -> None:
+        self._keys.check(exchange.header(b"authorization"))
         body = {"object": "list", "data": [_model_card(model) for model in self._catalog.models()]}
-        return json_response(reply.encode(body), call)
+        reply_json(exchange, call, reply.encode(body))
 
-    async def _model(self, request: web.Request, call: Call) -> web.StreamResponse:
-        self._keys.check(request.headers.get("Authorization"))
-        return json_response(reply.encode(_model_card(self._catalog.get(request.match_info["name"]))), call)
+    async def _model(self, exchange: Exchange, call: Call) -> None:
+        self._keys.check(exchange.header(b"authorization"))
+        name = exchange.path.removeprefix("/v1/models/")
+        reply_json(exchange, call, reply.encode(_model_card(self._catalog.get(name))))
 
-    async def _nothing(self, request: web.Request, call: Call) -> web.StreamResponse:
-        known = {resource.canonical for resource in request.app.router.resources()}
-        status = 405 if request.path in known else 404
-        error = invalid(f"{request.method} {request.path} is not part of this API")
-        return json_response(reply.error_body(error), call, status, reply.error_headers(error))
+    async def _nothing(self, exchange: Exchange, call: Call) -> None:
+        path = exchange.path
+        status = 405 if path in self._calls_of or path in self._plain else 404
+        error = invalid(f"{exchange.method} {path} is not part of this API")
+        reply_json(exchange, call, reply.error_body(error), status, reply.error_headers(error))
 
-    async def _healthz(self, request: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
+    def _healthz(self, exchange: Exchange) -> None:
+        exchange.reply(200, b"ok\n", TEXT)
 
-    async def _readyz(self, request: web.Request) -> web.Response:
+    def _readyz(self, exchange: Exchange) -> None:
         if self.ready:
-            return web.Response(text="ok\n")
-        return web.Response(status=503, text="draining\n" if self._front.draining else "no worker pair yet\n")
+            exchange.reply(200, b"ok\n", TEXT)
+        else:
+            exchange.reply(503, b"draining\n" if self._front.draining else b"no worker pair yet\n", TEXT)
 
-    async def _scrape(self, request: web.Request) -> web.Response:
-        return web.Response(
-            body=self._metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        )
+    def _scrape(self, exchange: Exchange) -> None:
+        exchange.reply(200, self._metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def _raise_error(event: Event, call: Call) -> None:
@@ -216,11 +205,6 @@ def _raise_error(event: Event, call: Call) -> None:
         call.output_tokens += event.completion_tokens
         if event.error is not None:
             raise event.error
-
-
-def _abort(request: web.Request) -> None:
-    if request.transport is not None:
-        request.transport.abort()
 
 
 def _model_card(model: Model) -> dict[str, object]:

@@ -19,7 +19,6 @@ from typing import Any
 import grpc
 import structlog
 import uvloop
-from aiohttp import web
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -32,6 +31,7 @@ from lanewise.router.dispatch import Dispatcher
 from lanewise.router.generation import Front
 from lanewise.router.grpc_server import FleetService, InferenceService, add_inference
 from lanewise.router.http_server import HttpServer
+from lanewise.router.http_wire import BACKLOG, HttpListener
 from lanewise.router.metrics import RouterMetrics
 from lanewise.router.roster import Roster
 from lanewise.router.session import Timing
@@ -41,7 +41,6 @@ from lanewise.rpc.process import die
 from lanewise.telemetry import setup_logging
 
 FLUSH_S = 5.0  # after the last request has ended: for its last bytes to leave
-BACKLOG = 1024
 # The kernel would buffer megabytes for a client that reads nothing, and so hide that it does not.
 UNSENT_BYTES = 16 * 1024
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -135,12 +134,8 @@ class Router:
         """Both servers listen, whether there are workers or not."""
         config = self._config
         server = HttpServer(config, self.front, self.catalog, self.dispatcher, self.metrics, self._keys)
-        self._runner = web.AppRunner(
-            server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=FLUSH_S, keepalive_timeout=75
-        )
-        await self._runner.setup()
-        await web.SockSite(self._runner, _listen(self.http), backlog=BACKLOG).start()
-        self.http = Address(self.http.host, self._runner.addresses[0][1])
+        self._http = HttpListener(server.handle, config.max_body_bytes)
+        self.http = Address(self.http.host, await self._http.start(_listen(self.http)))
         await self._start_grpc()
         self._sessions = asyncio.create_task(self.roster.run(StaticDiscovery(config.workers)))
         log.info(
@@ -197,7 +192,7 @@ class Router:
         self.dispatcher.end_all(left)
 
     async def stop(self) -> None:
-        await self._runner.cleanup()
+        await self._http.stop(FLUSH_S)
         await self._server.stop(grace=FLUSH_S if self.front.draining else 0)
         for task in (self._sessions, self._health_task):
             if task is not None:

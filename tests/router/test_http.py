@@ -279,9 +279,8 @@ class TestAnswers:
         async with made.http.get(made.url + "/healthz"):
             pass
         _, writer = await asyncio.open_connection(made.router.http.host, made.router.http.port)
-        connections = lambda: made.router._runner.server.connections  # noqa: E731
-        await until(connections)
-        for connection in connections():
+        await until(lambda: made.router._http.connections)
+        for connection in made.router._http.connections:
             sock = connection.transport.get_extra_info("socket")
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         writer.close()
