@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install up down test test-fast lint soak bench bench-sim clean
+.PHONY: help install up down test test-fast test-cluster cluster-programs cluster cluster-down lint soak bench bench-sim clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -29,11 +29,24 @@ lint: install  ## ruff, mypy --strict, layer contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: install lint  ## everything that guards a merge
+test: install lint cluster-programs  ## everything that guards a merge
 	$(BIN)/pytest -m 'not slow'
 
 test-fast: install lint  ## without real processes
-	$(BIN)/pytest -m 'not slow and not e2e and not chaos'
+	$(BIN)/pytest -m 'not slow and not e2e and not chaos and not cluster'
+
+test-cluster: install cluster-programs  ## on a real Kubernetes, which is built once and started here (Linux as root)
+	$(BIN)/pytest -m 'cluster and not slow' $(ARGS)
+
+# Nothing to do, and no failure, where no cluster can be started: the tests skip there and say why.
+cluster-programs: install
+	@$(BIN)/python -m tests.cluster.kube build --if-possible
+
+cluster: install  ## leave a Kubernetes with the operator running; prints its kubeconfig
+	@$(BIN)/python -m tests.cluster.kube up $(ARGS)
+
+cluster-down: install  ## end what `make cluster` left running, with every trace of it
+	@$(BIN)/python -m tests.cluster.kube down $(ARGS)
 
 soak: install  ## long chaos, fuzz and load
 	$(BIN)/pytest -m slow
