@@ -231,7 +231,7 @@ class Dispatcher:
             entry.first_at = now
             self._metrics.ttft.observe(now - entry.started_at)
         entry.last_at = now
-        self._metrics.output_tokens.inc()
+        self._metrics.token()
         entry.sink.put(entry.choice, token)
 
     def _submit(self, entry: _Entry, action: Submit) -> None:
@@ -242,7 +242,7 @@ class Dispatcher:
         uncached = 0
         if submission.mode is not Mode.DECODE:
             hit = entry.hits.get(action.incarnation, 0)
-            self._metrics.hit_tokens.inc(hit)
+            self._metrics.placed(submission, hit)
             uncached = len(submission.prompt_ids) + len(submission.resumed_output_ids) - hit
         session.carry(submission.key, uncached)
         session.send(pb.RouterMessage(submit=convert.submit_to_wire(submission)))
@@ -258,8 +258,7 @@ class Dispatcher:
             session.send(pb.RouterMessage(cancel=cancel))
 
     def _finish(self, entry: _Entry, end: End, now: float) -> None:
-        flight = entry.flight
-        request_id = flight.order.request_id
+        flight, request_id = entry.flight, entry.flight.order.request_id
         self._unhold(entry)
         del self._entries[request_id]
         if not self._entries:
@@ -270,8 +269,9 @@ class Dispatcher:
         self._trails.keep(request_id, Trail(entry.started_at, tuple(flight.steps)))
         steps = len(flight.output_ids) - 1
         tpot_s = (entry.last_at - entry.first_at) / steps if steps > 0 else None
-        outcome = end.error.code if end.error else end.reason
-        self._loop.call_later(ACCOUNT_DELAY_S, self._metrics.ended, outcome, now - entry.started_at, tpot_s)
+        ttft_s = entry.first_at - entry.started_at if entry.first_at else None
+        account = (request_id, end.error.code if end.error else end.reason, now - entry.started_at, ttft_s, tpot_s)
+        self._loop.call_later(ACCOUNT_DELAY_S, self._metrics.ended, *account)
 
     def _unhold(self, entry: _Entry) -> None:
         order = entry.flight.order

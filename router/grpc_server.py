@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from lanewise.errors import ErrorCode, LanewiseError, Retry, invalid
 from lanewise.router.auth import ApiKeys
 from lanewise.router.catalog import Catalog
+from lanewise.router.demand import DemandMeter
 from lanewise.router.dispatch import Dispatcher
 from lanewise.router.generation import Delta, Ended, Event, Front, Generation
 from lanewise.router.roster import Roster
@@ -280,14 +281,14 @@ def _accepted(request: pb.GenerateRequest, generation: Generation) -> pb.Accepte
 class FleetService(pb_grpc.FleetServicer):
     """For the operator: what this router sees, nothing decided."""
 
-    def __init__(self, router: str, roster: Roster, dispatcher: Dispatcher) -> None:
-        self._router = router
-        self._roster = roster
-        self._dispatcher = dispatcher
+    def __init__(self, router: str, roster: Roster, dispatcher: Dispatcher, demand: DemandMeter) -> None:
+        self._router, self._demand = router, demand
+        self._roster, self._dispatcher = roster, dispatcher
 
     async def Snapshot(self, request: pb.FleetRequest, context: Context) -> pb.FleetReply:
         now = time.monotonic()
-        reply = pb.FleetReply(router=self._router, arrivals=self._dispatcher.arrivals, held=self._dispatcher.num_held)
+        arrivals, held = self._dispatcher.arrivals, self._dispatcher.num_held
+        reply = pb.FleetReply(router=self._router, arrivals=arrivals, held=held, demand=self._demand.to_wire())
         for session in self._roster.sessions():
             reply.workers.add(
                 description=session.description,

@@ -24,8 +24,11 @@ from grpc_reflection.v1alpha import reflection
 
 from lanewise.config import RouterConfig, parse_config
 from lanewise.errors import ConfigError, ErrorCode, LanewiseError
+from lanewise.fleet import Role
+from lanewise.policy.cost import CostModel
 from lanewise.router.auth import ApiKeys
 from lanewise.router.catalog import Catalog
+from lanewise.router.demand import DemandMeter
 from lanewise.router.discovery import StaticDiscovery
 from lanewise.router.dispatch import Dispatcher
 from lanewise.router.generation import Front
@@ -118,7 +121,7 @@ class Router:
         self.incarnation = str(uuid.uuid4())
         self._keys = ApiKeys(config.api_keys_file)
         self.catalog = Catalog(created=int(time.time()))
-        self.metrics = RouterMetrics()
+        self.metrics = RouterMetrics(DemandMeter(config.ttft_target_s, config.tpot_target_s, self._cost))
         self.roster = Roster(self.incarnation, Timing(config.ping_interval_s, config.ping_misses), self.catalog)
         self.dispatcher = Dispatcher(config, self.roster, self.metrics, self._routable)
         self.roster.listen(self.dispatcher)
@@ -152,7 +155,7 @@ class Router:
         options = [("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0)]
         self._server = grpc.aio.server(options=options)
         inference = InferenceService(self.front, self.catalog, self.dispatcher, self._keys)
-        fleet = FleetService(self.incarnation, self.roster, self.dispatcher)
+        fleet = FleetService(self.incarnation, self.roster, self.dispatcher, self.metrics.demand)
         add_inference(inference, self._server)
         # grpcio's generated registration functions carry no types.
         pb_grpc.add_FleetServicer_to_server(fleet, self._server)  # type: ignore[no-untyped-call]
@@ -204,6 +207,11 @@ class Router:
         models = [model.name for model in self.catalog.models()]
         log.info("routable", models=models, workers=[session.address for session in self.roster.sessions()])
         self._health_task = asyncio.get_running_loop().create_task(self._set_health(SERVING))
+
+    def _cost(self) -> CostModel | None:
+        """As some prefill worker has it now (a decode worker where there is none)."""
+        sessions = sorted(self.roster.sessions(), key=lambda s: s.identity is None or s.identity.role is Role.DECODE)
+        return CostModel.from_mapping(sessions[0].stats.cost) if sessions else None
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", "lanewise.v1.Inference"):

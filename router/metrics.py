@@ -16,6 +16,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from lanewise.fleet import WorkerIdentity, WorkerStats
+from lanewise.request import Submission
+from lanewise.router.demand import DemandMeter
 from lanewise.router.session import Session
 from lanewise.telemetry import Metrics
 
@@ -33,8 +35,9 @@ _LABELS = ("worker", "role", "incarnation")
 
 
 class RouterMetrics:
-    def __init__(self) -> None:
+    def __init__(self, demand: DemandMeter) -> None:
         make = Metrics("lanewise")
+        self.demand = demand
         self.registry: CollectorRegistry = make.registry
         self.ttft = make.latency("ttft", "arrival at the router to the first token")
         self.tpot = make.latency("tpot", "mean time per output token after the first, by request")
@@ -51,8 +54,19 @@ class RouterMetrics:
         self.running = make.gauge("running_requests", "requests that have not ended")
         self.http = make.counter("http_responses", "HTTP responses by status", ("status",))
 
-    def ended(self, outcome: str, e2e_s: float, tpot_s: float | None) -> None:
+    def placed(self, submission: Submission, cached_tokens: int) -> None:
+        """A prompt was sent to a worker that holds this much of it."""
+        self.hit_tokens.inc(cached_tokens)
+        self.demand.placed(submission.request_id, len(submission.prompt_ids), cached_tokens)
+
+    def token(self) -> None:
+        """A token was forwarded."""
+        self.output_tokens.inc()
+        self.demand.token()
+
+    def ended(self, request_id: str, outcome: str, e2e_s: float, ttft_s: float | None, tpot_s: float | None) -> None:
         """One request has ended."""
+        self.demand.ended(request_id, ttft_s, tpot_s)
         self.finished.labels(outcome).inc()
         self.e2e.observe(e2e_s)
         if tpot_s is not None:

@@ -228,16 +228,44 @@ class FleetRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class FleetReply(_message.Message):
-    __slots__ = ("router", "arrivals", "held", "workers")
+    __slots__ = ("router", "arrivals", "held", "workers", "demand")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     ARRIVALS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    DEMAND_FIELD_NUMBER: _ClassVar[int]
     router: str
     arrivals: int
     held: int
     workers: _containers.RepeatedCompositeFieldContainer[FleetWorker]
-    def __init__(self, router: _Optional[str] = ..., arrivals: _Optional[int] = ..., held: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[FleetWorker, _Mapping]]] = ...) -> None: ...
+    demand: Demand
+    def __init__(self, router: _Optional[str] = ..., arrivals: _Optional[int] = ..., held: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[FleetWorker, _Mapping]]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ...) -> None: ...
+
+class Demand(_message.Message):
+    __slots__ = ("requests", "prompt_tokens", "prompt_squares", "uncached_tokens", "uncached_squares", "attended", "output_tokens", "finished", "attainable", "ttft_late", "tpot_late")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SQUARES_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_SQUARES_FIELD_NUMBER: _ClassVar[int]
+    ATTENDED_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    ATTAINABLE_FIELD_NUMBER: _ClassVar[int]
+    TTFT_LATE_FIELD_NUMBER: _ClassVar[int]
+    TPOT_LATE_FIELD_NUMBER: _ClassVar[int]
+    requests: float
+    prompt_tokens: float
+    prompt_squares: float
+    uncached_tokens: float
+    uncached_squares: float
+    attended: float
+    output_tokens: float
+    finished: float
+    attainable: float
+    ttft_late: float
+    tpot_late: float
+    def __init__(self, requests: _Optional[float] = ..., prompt_tokens: _Optional[float] = ..., prompt_squares: _Optional[float] = ..., uncached_tokens: _Optional[float] = ..., uncached_squares: _Optional[float] = ..., attended: _Optional[float] = ..., output_tokens: _Optional[float] = ..., finished: _Optional[float] = ..., attainable: _Optional[float] = ..., ttft_late: _Optional[float] = ..., tpot_late: _Optional[float] = ...) -> None: ...
 
 class FleetWorker(_message.Message):
     __slots__ = ("description", "stats", "ready", "stats_age_s", "inflight")
