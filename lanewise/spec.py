@@ -80,8 +80,8 @@ class Transfer(Model):
 class Rollout(Model):
     """How many workers of a role may be added or missing while they are replaced."""
 
-    max_surge: IntOrPercent = Field(default=IntOrPercent("0"), description="pods above the wanted number")
-    max_unavailable: IntOrPercent = Field(default=IntOrPercent("1"), description="pods below the wanted number")
+    max_surge: IntOrPercent = Field(default=IntOrPercent.parse(0), description="pods above the wanted number")
+    max_unavailable: IntOrPercent = Field(default=IntOrPercent.parse(1), description="pods below the wanted number")
 
     rules = (
         Rule(
@@ -138,7 +138,7 @@ class LLMServiceSpec(Model):
         default=PositiveDuration("30m"), description="how long a worker may load its model"
     )
     image_pull_secrets: list[SecretRef] = Field(
-        default_factory=list,
+        default=[],
         max_length=16,
         description="Secrets with credentials for the images",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},

@@ -58,8 +58,8 @@ FreeForm = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-pres
 class PodTemplate(Model):
     """Merged into the pods by a small keyed table: containers, env, volumes, mounts, ports, tolerations."""
 
-    metadata: FreeForm = Field(default_factory=dict, description="labels and annotations of the pods")
-    spec: FreeForm = Field(default_factory=dict, description="fields of a pod's spec")
+    metadata: FreeForm = Field(default={}, description="labels and annotations of the pods")
+    spec: FreeForm = Field(default={}, description="fields of a pod's spec")
 
 
 class _Role(Model):
@@ -113,9 +113,7 @@ class RouterService(Model):
     """The Service that clients use."""
 
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(default="ClusterIP", description="how it is reached")
-    annotations: dict[str, str] = Field(
-        default_factory=dict, max_length=64, description="for load balancers and the like"
-    )
+    annotations: dict[str, str] = Field(default={}, max_length=64, description="for load balancers and the like")
 
 
 class RouterAuth(Model):

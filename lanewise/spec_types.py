@@ -55,6 +55,9 @@ class _Written(str):
     rule: ClassVar[tuple[str, str] | None] = None
     """What the grammar cannot say: (CEL, message); `sound` says the same in Python."""
 
+    is_number = False
+    """Written without quotes; it leaves as it came."""
+
     @property
     def sound(self) -> bool:
         return True
@@ -69,6 +72,7 @@ class _Written(str):
                 "written", "expected {what}, got {got}", {"what": cls.expected, "got": shown(value)}
             )
         found = cls(written)
+        found.is_number = not isinstance(value, str)
         if cls.rule is not None and not found.sound:
             raise PydanticCustomError("written", "{what}, got {got}", {"what": cls.rule[1], "got": shown(value)})
         return found
@@ -93,7 +97,7 @@ class _Written(str):
         return made
 
     def _dump(self) -> str | int:
-        return int(self) if self.max_int is not None and self.isdigit() else str(self)
+        return int(self) if self.is_number else str(self)
 
 
 class Duration(_Written):
