@@ -18,6 +18,8 @@ import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from lanewise.tallies import Spread, Tally
+
 LATENCY_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
     *(1.5, 3.0, 6.0, 12.0, 30.0, 60.0, 120.0, 300.0, 600.0),
@@ -101,6 +103,18 @@ class Metrics:
 
     def counter(self, name: str, help_text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"{self._prefix}_{name}", help_text, labels, registry=self.registry)
+
+    def tally(self, name: str, help_text: str) -> Tally:
+        """A counter without labels for a path where every microsecond counts; of one thread."""
+        tally = Tally(f"{self._prefix}_{name}", help_text)
+        self.registry.register(tally)
+        return tally
+
+    def spread(self, name: str, help_text: str) -> Spread:
+        """A latency for such a path."""
+        spread = Spread(f"{self._prefix}_{name}_seconds", help_text, LATENCY_BUCKETS_S)
+        self.registry.register(spread)
+        return spread
 
     def gauge(self, name: str, help_text: str, labels: tuple[str, ...] = ()) -> Gauge:
         return Gauge(f"{self._prefix}_{name}", help_text, labels, registry=self.registry)

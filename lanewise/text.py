@@ -30,33 +30,41 @@ class Detokenizer:
         self._tokenizer = tokenizer
         # The window: ids whose text gives context (already returned), then ids whose text is still to be returned.
         self._window = list(prompt_ids[-_CONTEXT_TOKENS:])
-        self._done_text = tokenizer.decode(self._window)
+        self._done_text: str | None = tokenizer.decode(self._window)  # None: not decoded yet
         if self._done_text.endswith(REPLACEMENT):  # the prompt ends inside a character: no context to build on
             self._window, self._done_text = [], ""
         self._num_done = len(self._window)
         self._num_broken = 0  # pushes in a row that ended inside a character
         self._last_text = ""
 
+    def _done(self) -> str:
+        """The text of the context. Decoded when it is needed, so that it never holds back what was just found."""
+        if self._done_text is None:
+            self._done_text = self._tokenizer.decode(self._window[: self._num_done])
+        return self._done_text
+
     def push(self, token_id: int) -> str:
+        done = self._done()
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
         if len(self._window) - self._num_done < _MAX_WINDOW_TOKENS:
-            if len(text) <= len(self._done_text):
+            if len(text) <= len(done):
                 return ""  # a special token, or a space that a decoder strips at the start
             if text.endswith(REPLACEMENT) and self._num_broken < _MAX_BROKEN_TOKENS:
                 self._num_broken += text != self._last_text  # a special token in between adds nothing
                 self._last_text = text
                 return ""
         self._num_broken, self._last_text = 0, ""
-        new = text[len(self._done_text) :]
         self._window = self._window[self._num_done :]
         self._num_done = len(self._window)
-        self._done_text = self._tokenizer.decode(self._window)
-        return new
+        self._done_text = None
+        return text[len(done) :]
 
     def flush(self) -> str:
         """Whole characters that came in one token with the beginning of a character that nothing completes."""
-        return self._tokenizer.decode(self._window)[len(self._done_text) :].rstrip(REPLACEMENT)
+        if len(self._window) == self._num_done:
+            return ""
+        return self._tokenizer.decode(self._window)[len(self._done()) :].rstrip(REPLACEMENT)
 
 
 class _Matcher:

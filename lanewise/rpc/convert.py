@@ -133,7 +133,7 @@ def tokens_from_wire(step: pb.Step) -> list[Token]:
             index=out.index,
             token_id=out.token_id,
             logprob=out.logprob if out.HasField("logprob") else None,
-            top=tuple((top.token_id, top.logprob) for top in out.top),
+            top=tuple([(top.token_id, top.logprob) for top in out.top]) if out.top else (),
             finish=FinishReason(out.finish) if out.finish else None,
         )
         for out in step.tokens
