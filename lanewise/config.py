@@ -63,6 +63,9 @@ class WorkerConfig(_ProcessConfig):
         description="auto: float32 for builtin://fable on a CPU, else the checkpoint's (fp16 becomes bf16 on a CPU)",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    kernels: Literal["auto", "native", "torch"] = Field(
+        "auto", description="CPU kernels; auto: native where a compiler or a built library is, else torch"
+    )
     threads: int = Field(0, ge=0, le=1024, description="compute threads; 0: one per core of `cores`")
     cores: tuple[int, ...] = Field((), description="CPU cores this worker owns; empty: all it may run on")
     max_context_tokens: int = Field(0, ge=0, description="prompt + output limit; 0: the model's own")
@@ -126,7 +129,7 @@ class OperatorConfig(_ProcessConfig):
     pod_namespace: str = Field("default", description="this pod's namespace")
     pod_uid: str = ""
     resync_s: float = Field(600.0, gt=0, description="every service is looked at this often, whatever happens")
-    fleet_period_s: float = Field(15.0, gt=0, description="how often routers are asked for the state of the fleet")
+    fleet_period_s: float = Field(30.0, gt=0, description="how often routers are asked for the state of the fleet")
     status_period_s: float = Field(30.0, ge=0, description="numbers in a status change at most this often")
     concurrency: int = Field(4, ge=1, description="services reconciled at the same time")
 

@@ -17,6 +17,7 @@ from lanewise.spec import LLMService
 HUB_DIR = "/tmp/hf"
 JOB_SECONDS = 24 * 3600
 JOB_RETRIES = 20
+EXIT_HOPELESS = 2  # no such repository or revision, or no permission: another try would end the same
 
 
 def needs_download(service: LLMService) -> bool:
@@ -76,7 +77,7 @@ def download_job(service: LLMService, context: PlanContext) -> Manifest:
     pod: dict[str, Any] = {
         "serviceAccountName": f"{service.metadata.name}-worker",
         "automountServiceAccountToken": False,
-        "restartPolicy": "OnFailure",
+        "restartPolicy": "Never",
         "securityContext": POD_SECURITY,
         "containers": [container],
         "volumes": [volume, *scratch()[0]],
@@ -86,7 +87,15 @@ def download_job(service: LLMService, context: PlanContext) -> Manifest:
     template = {"metadata": {"labels": names.labels(service.metadata.name, "download")}, "spec": pod}
     theirs = spec.decode.pod_template
     merged = merge_template(template, None if theirs is None else _without_resources(theirs.model_dump()))
-    body = {"backoffLimit": JOB_RETRIES, "activeDeadlineSeconds": JOB_SECONDS, "template": merged}
+    hopeless = {"containerName": "worker", "operator": "In", "values": [EXIT_HOPELESS]}
+    disrupted = [{"type": "DisruptionTarget", "status": "True"}]
+    rules = [{"action": "FailJob", "onExitCodes": hopeless}, {"action": "Ignore", "onPodConditions": disrupted}]
+    body = {
+        "backoffLimit": JOB_RETRIES,
+        "activeDeadlineSeconds": JOB_SECONDS,
+        "podFailurePolicy": {"rules": rules},
+        "template": merged,
+    }
     return child(service, context, "batch/v1", "Job", job_name(service), "download", spec=body)
 
 

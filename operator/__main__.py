@@ -1,0 +1,5 @@
+"""`python -m lanewise.operator`."""
+
+from lanewise.operator.main import main
+
+main()
