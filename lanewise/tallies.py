@@ -37,11 +37,11 @@ class Spread(Collector):
         self._name, self._help = name, help_text
         self._limits = tuple(limits)
         self._counts = [0] * (len(self._limits) + 1)
-        self._sum = 0.0
+        self.total = 0.0
 
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._limits, value)] += 1  # a value at a limit belongs below it
-        self._sum += value
+        self.total += value
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         seen = 0
@@ -49,4 +49,4 @@ class Spread(Collector):
         for limit, count in zip((*self._limits, float("inf")), self._counts, strict=True):
             seen += count
             buckets.append(("+Inf" if limit == float("inf") else str(limit), seen))
-        yield HistogramMetricFamily(self._name, self._help, buckets=buckets, sum_value=self._sum)
+        yield HistogramMetricFamily(self._name, self._help, buckets=buckets, sum_value=self.total)

@@ -39,16 +39,16 @@ class RouterMetrics:
         make = Metrics("lanewise")
         self.demand = demand
         self.registry: CollectorRegistry = make.registry
-        self.ttft = make.latency("ttft", "arrival at the router to the first token")
-        self.tpot = make.latency("tpot", "mean time per output token after the first, by request")
-        self.e2e = make.latency("e2e", "arrival at the router to the end of the request")
+        self.ttft = make.spread("ttft", "arrival at the router to the first token")
+        self.tpot = make.spread("tpot", "mean time per output token after the first, by request")
+        self.e2e = make.spread("e2e", "arrival at the router to the end of the request")
         self.finished = make.counter(
             "requests", "requests by how they ended: stop, length, or an error code", ("outcome",)
         )
-        self.arrivals = make.counter("arrivals", "requests accepted")
-        self.prompt_tokens = make.counter("prompt_tokens", "prompt tokens of accepted requests")
-        self.output_tokens = make.counter("output_tokens", "tokens forwarded to clients")
-        self.hit_tokens = make.counter("prefix_hit_tokens", "prompt tokens the chosen worker had cached")
+        self.arrivals = make.tally("arrivals", "requests accepted")
+        self.prompt_tokens = make.tally("prompt_tokens", "prompt tokens of accepted requests")
+        self.output_tokens = make.tally("output_tokens", "tokens forwarded to clients")
+        self.hit_tokens = make.tally("prefix_hit_tokens", "prompt tokens the chosen worker had cached")
         self.failovers = make.counter("failovers", "attempts after the first", ("cause",))
         self.held = make.gauge("held_requests", "accepted requests that wait for a worker pair")
         self.running = make.gauge("running_requests", "requests that have not ended")

@@ -14,6 +14,7 @@ from typing import Protocol
 import structlog
 
 from lanewise.fleet import FleetSnapshot, Role, WorkerIdentity
+from lanewise.policy.baseline_routing import worker_cost
 from lanewise.policy.blocks import UNIT_TOKENS, cache_key, chain_hashes
 from lanewise.router.catalog import Catalog
 from lanewise.router.discovery import Discovery
@@ -97,6 +98,7 @@ class Roster:
         self._fleet_changed()
 
     def changed(self, session: Session) -> None:
+        worker_cost(session.view())  # both are kept: made now, they do not cost the next request its time
         self._fleet_changed()
 
     # ------------------------------------------------------------ keepers

@@ -84,6 +84,7 @@ class Session:
         self.carried: dict[Key, int] = {}  # (request, epoch) -> uncached tokens, until released or cancelled
         self._fresh: dict[Key, int] = {}  # the part of `carried` that `stats` cannot know of yet
         self._accepted: set[Key] = set()
+        self._view: WorkerView | None = None  # as of now; None: something has changed
         self._router = router
         self._timing = timing
         self._catalog = catalog
@@ -102,23 +103,30 @@ class Session:
 
     def carry(self, key: Key, uncached_tokens: int) -> None:
         self.carried[key] = self._fresh[key] = uncached_tokens
+        self._view = None
 
     def release(self, key: Key) -> None:
         self.carried.pop(key, None)
         self._fresh.pop(key, None)
         self._accepted.discard(key)
+        self._view = None
 
     def view(self) -> WorkerView:
+        if self._view is not None:
+            return self._view
         assert self.identity is not None  # the roster holds welcomed sessions only
         waits = self.stats.queue_wait_s > 0  # it runs down by itself: what is left of the batch that ran then
         age = time.monotonic() - self.stats_at if waits else 0.0
-        return WorkerView(
+        view = WorkerView(
             identity=self.identity,
             stats=replace(self.stats, queue_wait_s=max(0.0, self.stats.queue_wait_s - age)) if waits else self.stats,
             ready=not self.stats.draining,
             inflight_requests=len(self.carried),
             inflight_tokens=sum(self._fresh.values()),
         )
+        if not waits:  # else it ages
+            self._view = view
+        return view
 
     # ------------------------------------------------------------ life
 
@@ -256,6 +264,7 @@ class Session:
         for key in self._accepted:  # the worker has counted these by itself now
             self._fresh.pop(key, None)
         self._accepted.clear()
+        self._view = None
         self._owner.changed(self)
 
 

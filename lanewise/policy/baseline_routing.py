@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lanewise.fleet import WorkerView
@@ -33,14 +32,21 @@ def mix(seed: int, salt: int = 0) -> int:
     return value ^ (value >> 31)
 
 
-@lru_cache(maxsize=1024)
-def _cost_of(items: tuple[tuple[str, float], ...]) -> CostModel:
-    return CostModel.from_mapping(dict(items))
+_MODELS: dict[int, tuple[Mapping[str, float], CostModel]] = {}
+_MAX_MODELS = 4096
 
 
 def worker_cost(view: WorkerView) -> CostModel:
-    """The worker's fitted cost model, as it advertises it."""
-    return _cost_of(tuple(view.stats.cost.items()))
+    """The worker's fitted cost model, as it advertises it. Built once for each `stats.cost`, which never changes."""
+    coefficients = view.stats.cost
+    known = _MODELS.get(id(coefficients))
+    if known is not None and known[0] is coefficients:  # the entry keeps it alive, so an id is not used again
+        return known[1]
+    if len(_MODELS) >= _MAX_MODELS:
+        _MODELS.clear()
+    model = CostModel.from_mapping(coefficients)
+    _MODELS[id(coefficients)] = (coefficients, model)
+    return model
 
 
 def load_tokens(view: WorkerView) -> float:

@@ -53,7 +53,7 @@ class TestFailover:
 
             made.decode.on_submit = slow
             answer = asyncio.create_task(made.text())
-            await until(lambda: made.router.metrics.ttft._sum.get() > 0)  # token 1 is out
+            await until(lambda: made.router.metrics.ttft.total > 0)  # token 1 is out
             await made.prefill.stop()
             await until(lambda: len(made.router.roster.sessions()) == 1)
             go.set()

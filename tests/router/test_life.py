@@ -224,7 +224,7 @@ class TestClients:
 
             made.decode.on_submit = slow
             answer = asyncio.create_task(made.text())
-            await until(lambda: made.router.metrics.ttft._sum.get() > 0)
+            await until(lambda: made.router.metrics.ttft.total > 0)
             drained = asyncio.create_task(made.router.drain())
             await until(lambda: made.router.front.draining)
             status, reply, headers = await made.post()
