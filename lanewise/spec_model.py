@@ -103,7 +103,7 @@ def _validation(cel: str, message: str, field: str, reason: Reason) -> dict[str,
     if values:
         text = _VALUE.sub("%s", message.replace("%", "%%"))
         entry["messageExpression"] = f"{_cel_text(text)}.format([{', '.join(f'self.{value}' for value in values)}])"
-    entry["message"] = _VALUE.sub(lambda found: to_camel(found[1]), message)
+    entry["message"] = _VALUE.sub("…", message)
     if field:
         path, _, quoted = field.partition("[")
         entry["fieldPath"] = f".{path}" + (f"['{quoted[:-1]}']" if quoted else "")

@@ -96,7 +96,7 @@ def definitions() -> list[dict[str, Any]]:
 
 
 def as_yaml(objects: Sequence[Mapping[str, Any]]) -> str:
-    return "---\n".join(yaml.safe_dump(dict(item), sort_keys=False, width=120) for item in objects)
+    return "---\n".join(yaml.safe_dump(dict(item), sort_keys=False, width=120, allow_unicode=True) for item in objects)
 
 
 def templates() -> dict[str, str]:

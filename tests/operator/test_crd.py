@@ -3,6 +3,7 @@
 What the API server makes of them is tested in tests/cluster/test_resources.py with the same tables.
 """
 
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -57,6 +58,16 @@ def test_yaml_and_json_are_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     documents = list(yaml.safe_load_all(capsys.readouterr().out))
     assert main(["crds", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["items"] == documents == json.loads(json.dumps(definitions()))
+
+
+def test_the_page_of_fields_is_not_stale() -> None:
+    found = importlib.util.spec_from_file_location("crd_page", ROOT / "tools" / "crd_page.py")
+    assert found is not None
+    assert found.loader is not None
+    tool = importlib.util.module_from_spec(found)
+    found.loader.exec_module(tool)
+    text = tool.PAGE.read_text(encoding="utf-8")
+    assert tool.page(text) == text, "run python tools/crd_page.py"
 
 
 def test_they_are_small() -> None:

@@ -31,16 +31,16 @@
 {{- end }}
 {{- end }}
 
-{{- /* What pods are selected by; it can never change. */}}
+{{- /* What pods are selected by; it can never change, and NetworkPolicies of services name it. */}}
 {{- define "lanewise.selector" -}}
-app.kubernetes.io/name: {{ include "lanewise.name" . }}
+app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: operator
 {{- end }}
 
 {{- define "lanewise.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
-app.kubernetes.io/name: {{ include "lanewise.name" . }}
+app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
