@@ -107,6 +107,7 @@ class RouterConfig(_ProcessConfig):
     ping_misses: int = Field(3, ge=1)
     commit_to_token_s: float = Field(10.0, gt=0, description="committed without a token for this long: decode failed")
     drain_max_s: float = Field(600.0, ge=0)
+    peers: tuple[str, ...] = Field((), description="gRPC addresses of all routers of the service, for KEDA's metrics")
     api_keys_file: str = Field("", description="one API key per line; empty: no authentication")
 
 

@@ -285,7 +285,7 @@ class FleetService(pb_grpc.FleetServicer):
         self._router, self._demand = router, demand
         self._roster, self._dispatcher = roster, dispatcher
 
-    async def Snapshot(self, request: pb.FleetRequest, context: Context) -> pb.FleetReply:
+    async def Snapshot(self, request: pb.FleetRequest, context: Context | None) -> pb.FleetReply:
         now = time.monotonic()
         arrivals, held = self._dispatcher.arrivals, self._dispatcher.num_held
         reply = pb.FleetReply(router=self._router, arrivals=arrivals, held=held, demand=self._demand.to_wire())

@@ -35,9 +35,13 @@ from lanewise.router.generation import Front
 from lanewise.router.grpc_server import FleetService, InferenceService, add_inference
 from lanewise.router.http_server import HttpServer
 from lanewise.router.http_wire import BACKLOG, HttpListener
+from lanewise.router.keda import ExternalScaler
+from lanewise.router.keda_peers import Peers
 from lanewise.router.metrics import RouterMetrics
 from lanewise.router.roster import Roster
 from lanewise.router.session import Timing
+from lanewise.rpc import externalscaler_pb2 as es
+from lanewise.rpc import externalscaler_pb2_grpc as es_grpc
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
 from lanewise.rpc.process import die
@@ -130,6 +134,7 @@ class Router:
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         self._sessions: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
         self.http = Address.parse(config.http)
         self.grpc = Address.parse(config.grpc)
 
@@ -157,11 +162,15 @@ class Router:
         inference = InferenceService(self.front, self.catalog, self.dispatcher, self._keys)
         fleet = FleetService(self.incarnation, self.roster, self.dispatcher, self.metrics.demand)
         add_inference(inference, self._server)
+        self._peers = Peers(lambda: fleet.Snapshot(pb.FleetRequest(), None), StaticDiscovery(self._config.peers))
+        self._following = asyncio.create_task(self._peers.run())
         # grpcio's generated registration functions carry no types.
         pb_grpc.add_FleetServicer_to_server(fleet, self._server)  # type: ignore[no-untyped-call]
+        es_grpc.add_ExternalScalerServicer_to_server(ExternalScaler(self._peers), self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = pb.DESCRIPTOR.services_by_name
         names = [services["Inference"].full_name, services["Fleet"].full_name]
+        names.append(es.DESCRIPTOR.services_by_name["ExternalScaler"].full_name)
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         try:
             port = self._server.add_insecure_port(str(self.grpc))
@@ -197,7 +206,7 @@ class Router:
     async def stop(self) -> None:
         await self._http.stop(FLUSH_S)
         await self._server.stop(grace=FLUSH_S if self.front.draining else 0)
-        for task in (self._sessions, self._health_task):
+        for task in (self._sessions, self._health_task, self._following):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

@@ -117,7 +117,8 @@ def test_no_file_refers_to_what_users_do_not_have() -> None:
 def test_grpc_stubs_are_not_stale(tmp_path: Path) -> None:
     pytest.importorskip("grpc_tools")
     run("bash", "tools/gen_proto.sh", str(tmp_path))
-    for name in ("lanewise_pb2.py", "lanewise_pb2.pyi", "lanewise_pb2_grpc.py"):
+    stubs = [f"{proto}_pb2{end}" for proto in ("lanewise", "externalscaler") for end in (".py", ".pyi", "_grpc.py")]
+    for name in stubs:
         made, kept = (root / "lanewise" / "rpc" / name for root in (tmp_path, ROOT))
         assert without_layout(made) == without_layout(kept), f"run tools/gen_proto.sh: {name} is stale"
 
