@@ -30,6 +30,7 @@ REQUEST_TIMEOUT_S = 3.0
 APPLY = "application/apply-patch+yaml"
 JSON = "application/json"
 POOL = 32
+NO_SUCH_FIELD = "failed to create typed patch object"
 
 
 class ApiError(Exception):
@@ -237,6 +238,8 @@ def _checked(status: int, text: bytes) -> dict[str, Any]:
     if 200 <= status < 300:
         return found
     reason, message = str(found.get("reason") or "Unknown"), str(found.get("message") or "no message")
+    if status == 500 and NO_SUCH_FIELD in message:
+        raise ApiError(422, "Invalid", message)  # of server-side apply: what was sent fits no schema
     if status >= 500 or status == 429:
         raise Unavailable(f"{status} {reason}: {message}")
     if status == 404 or (status == 409 and "UID in precondition" in message):

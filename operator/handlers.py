@@ -66,7 +66,7 @@ class Watcher:
             await asyncio.to_thread(self._thread.join, STOP_S)
 
     def _run(self) -> None:
-        logging.getLogger("kopf").setLevel(logging.WARNING)
+        logging.getLogger("kopf").setLevel(logging.ERROR)
         try:
             kopf.run(
                 registry=self._registry(),

@@ -54,6 +54,7 @@ class Memory:
     refusals: int = 0
     fleet: FleetView = field(default_factory=FleetView)
     fleet_due: float = 0.0
+    asked: tuple[str, ...] = ()  # the routers that were, and whether they were ready: others are asked at once
     unanswered: int = 0
 
 
@@ -199,9 +200,10 @@ class Reconciler:
         )
 
     async def _ask_fleet(self, memory: Memory, pods: list[dict[str, Any]]) -> None:
-        if time.monotonic() < memory.fleet_due:
+        ready = tuple(router_addresses(pods, only_ready=True))
+        if time.monotonic() < memory.fleet_due and ready == memory.asked:
             return
-        addresses = router_addresses(pods)
+        addresses, memory.asked = router_addresses(pods), ready
         memory.fleet = await self._fleet.ask(addresses) if addresses else FleetView()
         memory.unanswered = 0 if memory.fleet.answered else memory.unanswered + 1
         memory.fleet_due = 0.0  # _next() says when
@@ -234,12 +236,15 @@ def problems(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
 
 
-def router_addresses(pods: list[dict[str, Any]]) -> list[str]:
+def router_addresses(pods: list[dict[str, Any]], *, only_ready: bool = False) -> list[str]:
     """gRPC addresses of the routers that run, those that drain included."""
     found = []
     for pod in pods:
         labels, status = pod["metadata"].get("labels", {}), pod.get("status", {})
         address = status.get("podIP")
+        conditions = {item["type"]: item["status"] for item in status.get("conditions", [])}
+        if only_ready and conditions.get("Ready") != "True":
+            continue
         if labels.get(names.COMPONENT_LABEL) == "router" and status.get("phase") == "Running" and address:
             host = f"[{address}]" if ":" in address else address
             found.append(f"{host}:{names.GRPC_PORT}")
