@@ -28,6 +28,7 @@ class Model:
     kv_capacity_tokens: int = 0  # of a decode worker; 0: not known yet
     defaults: dict[str, Any] = field(default_factory=dict)  # the model's own generation defaults
     created: int = 0
+    base: dict[str, float] = field(default_factory=dict, compare=False)  # kept by sampling.py, made of `defaults`
 
     @property
     def max_total_tokens(self) -> int:

@@ -6,7 +6,7 @@ Must not: know HTTP or gRPC, or the fleet beyond the model's limits.
 
 from __future__ import annotations
 
-import secrets
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +75,7 @@ _RANGES: dict[str, tuple[float, float, float]] = {
     "repetition_penalty": (0.01, 10.0, 1.0),
 }
 _MODEL_DEFAULTS = frozenset({"temperature", "top_p", "top_k", "min_p", "repetition_penalty"})
+_dice = random.Random()  # from the system's entropy; a seed is no secret, so it need not be asked again each time
 _SMALLEST_TOP_P = 1e-9  # 0 means the same: only the most likely token
 
 
@@ -140,17 +141,18 @@ def resolve(options: Options, model: Model, prompt_ids: Sequence[int]) -> Sampli
         if ids and not 0 <= min(ids) <= max(ids) < model.vocab_size:
             outside = min(ids) if min(ids) < 0 else max(ids)
             raise invalid(f"{name} holds token id {outside}; the vocabulary has {model.vocab_size} tokens", name)
+    base = _base(model)
     return Sampling(
         max_tokens=max_tokens,
-        temperature=_value("temperature", options, model),
-        top_p=max(_value("top_p", options, model), _SMALLEST_TOP_P),
-        top_k=max(int(_value("top_k", options, model)), 0),
-        min_p=_value("min_p", options, model),
-        presence_penalty=_value("presence_penalty", options, model),
-        frequency_penalty=_value("frequency_penalty", options, model),
-        repetition_penalty=_value("repetition_penalty", options, model),
+        temperature=_either(options.temperature, base["temperature"]),
+        top_p=max(_either(options.top_p, base["top_p"]), _SMALLEST_TOP_P),
+        top_k=max(int(_either(options.top_k, base["top_k"])), 0),
+        min_p=_either(options.min_p, base["min_p"]),
+        presence_penalty=_either(options.presence_penalty, base["presence_penalty"]),
+        frequency_penalty=_either(options.frequency_penalty, base["frequency_penalty"]),
+        repetition_penalty=_either(options.repetition_penalty, base["repetition_penalty"]),
         logit_bias=dict(options.logit_bias),
-        seed=secrets.randbits(64) if options.seed is None else options.seed % 2**64,
+        seed=_dice.getrandbits(64) if options.seed is None else options.seed % 2**64,
         min_tokens=min(options.min_tokens or 0, max_tokens),
         stop_token_ids=frozenset(options.stop_token_ids),
         ignore_eos=options.ignore_eos,
@@ -158,10 +160,19 @@ def resolve(options: Options, model: Model, prompt_ids: Sequence[int]) -> Sampli
     )
 
 
-def _value(name: str, options: Options, model: Model) -> float:
-    given = getattr(options, name)
-    if given is not None:
-        return float(given)
+def _either(given: float | None, otherwise: float) -> float:
+    return otherwise if given is None else float(given)
+
+
+def _base(model: Model) -> dict[str, float]:
+    """Every parameter where the client gives none: the model's own value, within range, or ours. Made once a model."""
+    base = model.base
+    if not base:
+        base.update((name, _default(name, model)) for name in _RANGES)
+    return base
+
+
+def _default(name: str, model: Model) -> float:
     low, high, default = _RANGES[name]
     of_model = model.defaults.get(name) if name in _MODEL_DEFAULTS else None
     return float(min(max(of_model, low), high)) if isinstance(of_model, int | float) else default
