@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import random
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ async def _campaign(options: argparse.Namespace, kinds: tuple[str, ...], directo
 
 
 def _show(report: dict[str, Any]) -> None:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables(report):
         console.print(table)
     for trip in report["problems"][:20]:

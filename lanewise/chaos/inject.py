@@ -20,7 +20,8 @@ from lanewise.chaos.plan import LETHAL, Fault, draw, kinds_of
 from lanewise.chaos.service import POLL_S, Service, until
 from lanewise.transfer.fault_shots import names_of_hits
 
-PATIENCE_S = 4.0  # a fault whose state is not reached by then is taken back, and another one drawn
+PATIENCE_S = 3.0  # a fault whose state is not reached by then is taken back, and another one drawn
+AT_ONCE = 2  # message faults armed at each process
 WHOLE_S = 60.0
 GIVE_UP = 60  # draws in a row that met nothing: the state cannot be reached under this load
 
@@ -84,7 +85,7 @@ class Injector:
         """Until every fault of the campaign has hit."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._do_lethal())
-            for process in self._service.workers:
+            for process in self._service.workers * AT_ONCE:
                 group.create_task(self._do_others(process))
 
     async def _do_lethal(self) -> None:

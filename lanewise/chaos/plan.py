@@ -29,7 +29,8 @@ POINTS = {
 MESSAGES = {"prefill": ("BEGIN", "CHUNK", "COMMIT", "PING"), "decode": ("GRANT", "ACK", "COMMIT_ACK", "PONG")}
 RARE = {"prefill": ("HELLO", "PROBE", "ABORT"), "decode": ("HELLO_ACK", "PROBE_ACK", "ABORT_ACK", "NACK")}
 """Sent only when workers come back or requests are cancelled: aimed at now and then, and given up where none comes."""
-RARE_SHARE = 0.1
+RARE_SHARE = 0.05
+_PERIODIC = ("PING", "PONG")  # one every two seconds
 PAUSES_S = (0.3, 1.0, 2.5, 4.0, 6.0, 9.0)  # below, around and beyond every silence that counts as death
 DELAYS_S = (0.02, 0.1, 0.5, 1.5, 3.0)
 
@@ -68,8 +69,8 @@ def draw(name: str, kind: str, processes: Sequence[str], dice: random.Random) ->
     role = process.partition("-")[0]
     if kind in LETHAL:
         pause_s = dice.choice(PAUSES_S) if kind == "stop" else 0.0
-        return Fault(name, process, kind, dice.choice(POINTS[role]), dice.randint(1, 6), pause_s=pause_s)
+        return Fault(name, process, kind, dice.choice(POINTS[role]), dice.randint(1, 3), pause_s=pause_s)
     rare = dice.random() < RARE_SHARE
     state = dice.choice((RARE if rare else MESSAGES)[role])
     delay_s = dice.choice(DELAYS_S) if kind == "delay" else 0.0
-    return Fault(name, process, kind, state, 1 if rare else dice.randint(1, 3), delay_s)
+    return Fault(name, process, kind, state, 1 if rare or state in _PERIODIC else dice.randint(1, 3), delay_s)

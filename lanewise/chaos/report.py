@@ -14,18 +14,20 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.table import Table
+from rich.table import Column, Table
 
 from lanewise.chaos.inject import Hit
 from lanewise.chaos.traffic import Trip
 
 MAX_RECOVERY_S = 10.0
+IN_FLIGHT_S = 0.05
+"""A token that comes this soon after a fault had left before it; it is no sign of recovery."""
 _FINE = ("ok", "cancelled")
 
 
 def recovery_s(hit: Hit, trips: Sequence[Trip]) -> float:
     under_way = [t for t in trips if t.started <= hit.at < t.ended and t.outcome != "cancelled"]
-    return max((max(0.0, t.next_after(hit.at) - hit.resumed_at) for t in under_way), default=0.0)
+    return max((max(0.0, t.next_after(hit.at + IN_FLIGHT_S) - hit.resumed_at) for t in under_way), default=0.0)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -72,7 +74,7 @@ def passed(report: dict[str, Any]) -> bool:
 
 def tables(report: dict[str, Any]) -> list[Table]:
     kinds = list(report["kinds"])
-    by_state = Table("state", *kinds, box=SIMPLE, title="faults seen to hit, by state and kind")
+    by_state = Table(Column("state", no_wrap=True), *kinds, box=SIMPLE, title="faults seen to hit, by state and kind")
     for state, counts in report["hits"].items():
         by_state.add_row(state, *(str(counts.get(kind, "")) for kind in kinds))
     by_state.add_row("all", *(str(count) for count in report["kinds"].values()))

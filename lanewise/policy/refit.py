@@ -19,6 +19,7 @@ FORGET = 0.995  # per batch: the last few hundred count
 MAX_SCALE = 100.0  # of the first model, up or down: beyond it is a broken clock, not a device
 OUTLIER = 3.0  # a batch further off than this moves the fit as one just that far off
 WARM_BATCHES = 10
+PAUSE_FACTOR = 10.0  # a batch this much slower than predicted counts only if the next one is too: processes get paused
 MIN_BATCH_S = 1e-6
 PRIOR_VARIANCE = 4.0
 MAX_VARIANCE = 16.0  # forgetting must not let an unobserved scale drift to infinity
@@ -35,6 +36,7 @@ class CostFit:
         self._log_scale = [0.0] * GROUPS
         self._covariance = [[PRIOR_VARIANCE if i == j else 0.0 for j in range(GROUPS)] for i in range(GROUPS)]
         self._batches = 0
+        self._paused = False
         self.model = first
 
     def observe_prefill(self, chunks: Sequence[Chunk], seconds: float) -> None:
@@ -55,6 +57,10 @@ class CostFit:
         predicted, slope = self._predict(tokens, attention, finishing, per_request)
         # Errors are relative: a 2 ms miss on a 4 ms step tells more than on a 900 ms batch.
         error = log(seconds / predicted)
+        if error > log(PAUSE_FACTOR) and not self._paused:
+            self._paused = True
+            return
+        self._paused = False
         if self._batches >= WARM_BATCHES:
             error = max(-log(OUTLIER), min(error, log(OUTLIER)))
         slope = [value / predicted for value in slope]

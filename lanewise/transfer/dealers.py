@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 import zmq
 
 from lanewise.transfer.faults import Frames
+from lanewise.transfer.keys import Security
 from lanewise.transfer.messages import MAX_HEADER_BYTES
 from lanewise.transfer.records import Limits
 from lanewise.transfer.zmq_link import common_options
+
+Options = dict[int, bytes]
 
 
 @dataclass(slots=True)
@@ -22,25 +25,49 @@ class Connection:
     address: str
     control: zmq.Socket[bytes]
     data: list[zmq.Socket[bytes]]
+    data_at: tuple[int, bytes] = (0, b"")  # port and token, where data has connections of another kind than control
     outbox: deque[Frames] = field(default_factory=deque)
     probes: dict[int, Frames] = field(default_factory=dict)  # per stripe, until its socket takes it
 
 
 def open_connection(
-    context: zmq.Context[zmq.Socket[bytes]], address: str, incarnation: str, limits: Limits
+    context: zmq.Context[zmq.Socket[bytes]], address: str, incarnation: str, limits: Limits, security: Security
 ) -> Connection:
-    """Raises ZMQError where the address cannot be an address."""
-    control = make_dealer(context, address, f"{incarnation}/c", limits, data=False)
-    names = (f"{incarnation}/d{index}" for index in range(limits.stripes))
-    return Connection(address, control, [make_dealer(context, address, name, limits, data=True) for name in names])
+    """Raises ZMQError where the address cannot be an address, ConfigError where keys are missing.
+
+    With `security.macs` it has no data sockets before `open_data`."""
+
+    def options(name: str) -> Options:
+        found: Options = {zmq.ROUTING_ID: name.encode()}
+        if security.on:
+            keys = security.client()
+            found |= {zmq.CURVE_PUBLICKEY: keys.public, zmq.CURVE_SECRETKEY: keys.secret}
+            found[zmq.CURVE_SERVERKEY] = security.server_public()
+        return found
+
+    control = make_dealer(context, address, options(f"{incarnation}/c"), limits, data=False)
+    stripes = 0 if security.macs else limits.stripes
+    names = [f"{incarnation}/d{index}" for index in range(stripes)]
+    return Connection(address, control, [make_dealer(context, address, options(n), limits, data=True) for n in names])
+
+
+def open_data(
+    context: zmq.Context[zmq.Socket[bytes]], control: str, port: int, token: bytes, incarnation: str, limits: Limits
+) -> list[zmq.Socket[bytes]]:
+    """Data sockets to another port of the same host, which the token opens. They have no name that a listener on the
+    wire could take over: whose a chunk is, its MAC tells."""
+    address = f"{control.rpartition(':')[0]}:{port}"
+    options: Options = {zmq.PLAIN_USERNAME: incarnation.encode(), zmq.PLAIN_PASSWORD: token}
+    return [make_dealer(context, address, options, limits, data=True) for _ in range(limits.stripes)]
 
 
 def make_dealer(
-    context: zmq.Context[zmq.Socket[bytes]], address: str, name: str, limits: Limits, *, data: bool
+    context: zmq.Context[zmq.Socket[bytes]], address: str, options: Options, limits: Limits, *, data: bool
 ) -> zmq.Socket[bytes]:
     sock = context.socket(zmq.DEALER)
     common_options(sock, address)
-    sock.setsockopt(zmq.ROUTING_ID, name.encode())
+    for option, value in options.items():
+        sock.setsockopt(option, value)
     sock.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a connection that does not exist
     sock.setsockopt(zmq.SNDHWM, limits.data_hwm if data else limits.control_hwm)
     sock.setsockopt(zmq.RCVHWM, limits.control_hwm)

@@ -93,6 +93,8 @@ class HelloAck(Message, tag="HELLO_ACK", frozen=True, array_like=True):
     layout: WireLayout
     refusal: Reason  # empty: accepted
     max_chunk_bytes: Annotated[int, Meta(ge=1, le=1 << 26)]
+    data_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # of the same host; 0: data goes to the control address
+    data_token: Annotated[bytes, Meta(max_length=64)] = b""
 
 
 class Stale(Message, tag="NACK_STALE", frozen=True, array_like=True):
@@ -116,6 +118,7 @@ class Begin(TransferMessage, tag="BEGIN", frozen=True, array_like=True):
     chain: Chain
     prompt: Digest
     nbytes: Bytes
+    mac_key: Annotated[bytes, Meta(max_length=32)] = b""  # of its chunks, where data is not encrypted
 
 
 class Grant(TransferMessage, tag="GRANT", frozen=True, array_like=True):
@@ -142,6 +145,7 @@ class Chunk(TransferMessage, tag="CHUNK", frozen=True, array_like=True):
     head_lo: Layer
     head_hi: Layer
     crc: Check  # of the payload frame
+    mac: Annotated[bytes, Meta(max_length=16)] = b""  # over this header without it, and the payload
 
     @property
     def slice(self) -> Slice:

@@ -160,6 +160,7 @@ class ReceiverCore:
             transfer = self.table.live[key] = ReceiverTransfer(key, self._layout, bound=self._bound)
             transfer.hold_until = now + self._timers.hold_begin_s
         transfer.lease_at = now + self._timers.lease_s
+        transfer.mac_key = begin.mac_key
         fresh = transfer
         return actions + self.table.guard(fresh, lambda: fresh.begin(begin.src, binding), now)
 
@@ -191,6 +192,11 @@ class ReceiverCore:
             case m.Abort():
                 drained = m.AbortAck(*self.table.names(transfer), True)
                 return self.table.abort(transfer, f"prefill worker: {message.reason}", now, drained)
+
+    def mac_key(self, key: Key) -> bytes:
+        """Of a transfer that lives or has ended lately; empty where there is none."""
+        transfer = self.table.live.get(key)
+        return transfer.mac_key if transfer else self.table.tombstones.mac_key(key)
 
     def wrote(self, key: Key, seq: int, good: bool, now: float) -> list[Action]:
         if key in self.table.draining:

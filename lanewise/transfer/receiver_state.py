@@ -35,6 +35,7 @@ class ReceiverTransfer:
         self._bound = bound
         self.state = ReceiverState.EXPECTED
         self.peer = ""  # incarnation of the sender, once BEGIN came
+        self.mac_key = b""
         self.expected: Binding | None = None
         self.offered: Binding | None = None
         self.have_tokens = 0

@@ -146,6 +146,8 @@ class Limits:
     max_transfers: int = 4096
     max_held: int = 256
     max_peers: int = 1024
+    max_handshakes: int = 64
+    """Connections that may be open without having shown a key; the oldest is cut off for the next."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.stripes <= 4:
@@ -173,6 +175,8 @@ class Counters:
     prefix_skipped_tokens: int = 0
     stale: int = 0
     malformed: int = 0
+    forged: int = 0  # chunks whose MAC was not that of their transfer
+    refused_connections: int = 0  # of strangers, or cut off before they had said who they are
     dropped: int = 0  # control messages that found no room or no peer
     internal_errors: int = 0  # anything but 0 is a defect
 

@@ -6,6 +6,7 @@ Must not: touch pages or sockets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lanewise.request import Token
@@ -33,7 +34,16 @@ class _Ending:
 
 
 class SenderCore:
-    def __init__(self, identity: Endpoint, timers: Timers, limits: Limits, counters: Counters) -> None:
+    def __init__(
+        self,
+        identity: Endpoint,
+        timers: Timers,
+        limits: Limits,
+        counters: Counters,
+        mac_key: Callable[[], bytes] = bytes,
+    ) -> None:
+        """`mac_key` draws the key of each transfer; empty keys where its chunks need no MAC."""
+        self._mac_key = mac_key
         self._identity = identity
         self._timers = timers
         self._limits = limits
@@ -65,6 +75,7 @@ class SenderCore:
         transfer = SenderTransfer(
             key, peer, binding, pages, source=self._identity.incarnation, layout=layout, timers=self._timers
         )
+        transfer.mac_key = self._mac_key()
         self._transfers[key] = transfer
         self._by_address.setdefault(peer.kv_address, {})[key] = transfer
         actions = link.want(now)

@@ -27,6 +27,7 @@ class SenderTransfer:
         self.pages = pages
         self.state = SenderState.QUEUED
         self.have_tokens = 0
+        self.mac_key = b""
         self.window = SendWindow(layout, binding.tokens)
         self._binding = binding
         self._source = source
@@ -173,7 +174,8 @@ class SenderTransfer:
     def _begin(self) -> Send:
         bound = self._binding
         total = self._layout.slice_bytes(bound.tokens, self._layout.num_layers)
-        return Send(self.peer.kv_address, m.Begin(*self._names, bound.tokens, bound.chain, bound.prompt, total))
+        begin = m.Begin(*self._names, bound.tokens, bound.chain, bound.prompt, total, self.mac_key)
+        return Send(self.peer.kv_address, begin)
 
     @property
     def _names(self) -> tuple[str, str, str, int]:

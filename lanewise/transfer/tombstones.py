@@ -15,6 +15,7 @@ class Tombstones:
         self._keep_s = keep_s
         self._answers: dict[Key, tuple[float, m.FromReceiver]] = {}  # in order of time, oldest first
         self._epochs: dict[str, int] = {}
+        self._mac_keys: dict[Key, bytes] = {}  # its late chunks still have to be told from forged ones
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -36,8 +37,13 @@ class Tombstones:
             return m.AbortAck(*names, True)
         return m.Abort(*names, getattr(answer, "reason", "no such transfer"))
 
-    def bury(self, key: Key, answer: m.FromReceiver, now: float) -> None:
+    def mac_key(self, key: Key) -> bytes:
+        return self._mac_keys.get(key, b"")
+
+    def bury(self, key: Key, answer: m.FromReceiver, now: float, mac_key: bytes = b"") -> None:
         self._answers.pop(key, None)
+        if mac_key:
+            self._mac_keys[key] = mac_key
         self._answers[key] = (now + self._keep_s, answer)
         if len(self._answers) > _MAX:
             self._drop(next(iter(self._answers)))
@@ -62,6 +68,7 @@ class Tombstones:
 
     def _drop(self, key: Key) -> None:
         del self._answers[key]
+        self._mac_keys.pop(key, None)
         if self._epochs.get(key[0]) == key[1]:
             del self._epochs[key[0]]
 

@@ -71,7 +71,7 @@ class TransferTable:
     def _forget(self, transfer: ReceiverTransfer, answer: m.FromReceiver, now: float) -> None:
         self.credit.end(transfer)
         del self.live[transfer.key]
-        self.tombstones.bury(transfer.key, answer, now)
+        self.tombstones.bury(transfer.key, answer, now, transfer.mac_key)
 
     def supersede(self, key: Key, now: float) -> list[Action]:
         """A higher epoch fences every message of a lower one."""

@@ -121,3 +121,12 @@ def test_refit_survives_absurd_measurements() -> None:
         fit.observe_prefill([(100, 0, True)], seconds)
     fit.observe_decode(8, 8000, H200.decode(8, 8000))
     assert fit.model.alone(512) == pytest.approx(H200.alone(512), rel=0.5)
+
+
+def test_one_paused_batch_teaches_nothing() -> None:
+    fit = CostFit(H200)
+    fit.observe_prefill([(64, 0, True)], 9.0)  # the process slept; right at the start, where all else is believed
+    assert fit.model == H200
+    for _ in range(3):
+        fit.observe_prefill([(64, 0, True)], 9.0)  # it is that slow
+    assert fit.model.prefill([(64, 0, True)]) > 0.1

@@ -15,6 +15,7 @@ import pytest
 from lanewise.policy.blocks import KVLayout
 from lanewise.request import Token
 from lanewise.transfer import Endpoint, Faults, Limits, Peer, Receiver, Sender, Timers
+from lanewise.transfer.keys import Security
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, dtype="float32", dtype_bytes=4)
 CACHE_KEY = b"k" * 32
@@ -120,11 +121,18 @@ def endpoint(**change: Any) -> Endpoint:
 
 
 class Prefill:
-    def __init__(self, identity: Endpoint, faults: Faults | None, timers: Timers, limits: Limits) -> None:
+    def __init__(
+        self,
+        identity: Endpoint,
+        faults: Faults | None,
+        timers: Timers,
+        limits: Limits,
+        security: Security | None = None,
+    ) -> None:
         self.identity = identity
         self.store = NumpyStore(identity.layout, 512, 8)
         self.log = Log()
-        self.sender = Sender(identity, self.store, self.log, faults, timers=timers, limits=limits)
+        self.sender = Sender(identity, self.store, self.log, faults, timers=timers, limits=limits, security=security)
         self.sender.start()
 
     def compute(self, ids: list[int], seed: int = 0) -> list[int]:
@@ -138,11 +146,21 @@ class Prefill:
 
 
 class Decode:
-    def __init__(self, identity: Endpoint, faults: Faults | None, timers: Timers, limits: Limits, listen: str) -> None:
+    def __init__(
+        self,
+        identity: Endpoint,
+        faults: Faults | None,
+        timers: Timers,
+        limits: Limits,
+        listen: str,
+        security: Security | None = None,
+    ) -> None:
         self.identity = identity
         self.store = NumpyStore(identity.layout, 256, 16)
         self.log = Log()
-        self.receiver = Receiver(identity, self.store, self.log, faults, listen=listen, timers=timers, limits=limits)
+        self.receiver = Receiver(
+            identity, self.store, self.log, faults, listen=listen, timers=timers, limits=limits, security=security
+        )
         self.address = self.receiver.start()
         self.peer = Peer(self.address, identity.incarnation)
         self.pages: dict[Any, list[int]] = {}
@@ -170,6 +188,7 @@ class Net:
     steady = STEADY
     layout = LAYOUT
     cache_key = CACHE_KEY
+    limits = Limits
 
     def __init__(self) -> None:
         self.sides: list[Any] = []
@@ -180,8 +199,10 @@ class Net:
         faults: Faults | None = None,
         timers: Timers | None = None,
         limits: Limits | None = None,
+        security: Security | None = None,
     ) -> Prefill:
-        side = Prefill(identity or endpoint(), faults, timers or Timers(), limits or Limits(chunk_bytes=4096))
+        limits = limits or Limits(chunk_bytes=4096)
+        side = Prefill(identity or endpoint(), faults, timers or Timers(), limits, security)
         self.sides.append(side.sender)
         return side
 
@@ -192,8 +213,9 @@ class Net:
         timers: Timers | None = None,
         limits: Limits | None = None,
         listen: str = "tcp://127.0.0.1:0",
+        security: Security | None = None,
     ) -> Decode:
-        side = Decode(identity or endpoint(), faults, timers or Timers(), limits or Limits(), listen)
+        side = Decode(identity or endpoint(), faults, timers or Timers(), limits or Limits(), listen, security)
         self.sides.append(side.receiver)
         return side
 

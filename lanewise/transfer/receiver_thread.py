@@ -1,0 +1,245 @@
+"""The decode side of the KV channel: takes chunks off the ROUTER, checks them, puts them into pages.
+
+Owns: the ROUTER sockets and the writing of pages; a chunk is copied once, from the network's buffer into the pool.
+Must not: decide anything about a transfer; `receiver_core.py` does.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable
+
+import zmq
+from msgspec.structs import replace as replace_fields
+
+from lanewise.errors import ConfigError
+from lanewise.transfer import mac
+from lanewise.transfer import messages as m
+from lanewise.transfer.faults import Faults, Frames, is_loopback
+from lanewise.transfer.gate import Gate
+from lanewise.transfer.keys import Security
+from lanewise.transfer.protocol import Action, Emit, Entered, Send, Write
+from lanewise.transfer.receiver_core import ReceiverCore
+from lanewise.transfer.records import (
+    Aborted,
+    Binding,
+    Counters,
+    Endpoint,
+    Key,
+    Limits,
+    PageStore,
+    ReceiverEvent,
+    Timers,
+)
+from lanewise.transfer.zmq_link import SocketThread, make_router, send_now
+
+_BYTES_PER_TURN = 4 << 20  # then ACKs go out, and commands and timers have their turn
+_MESSAGES_PER_TURN = 64
+_RETRY_S = 0.01
+_EMPTY = memoryview(b"")
+
+
+class ReceiverThread(SocketThread):
+    def __init__(
+        self,
+        identity: Endpoint,
+        store: PageStore,
+        on_event: Callable[[ReceiverEvent], None],
+        faults: Faults | None,
+        timers: Timers,
+        limits: Limits,
+        security: Security,
+    ) -> None:
+        super().__init__("kv-receiver", limits, Counters(), faults)
+        self._security = security
+        self._gate: Gate | None = None
+        self._data: zmq.Socket[bytes] | None = None  # where data has a socket of its own
+        self._data_port = 0
+        self.core = ReceiverCore(identity, timers, limits, self.counters, bound=not self.faults.unbound)
+        self._layout = identity.layout
+        self._store = store
+        self._on_event = on_event
+        self._stuck: dict[str, deque[Frames]] = {}  # control messages a sender's connection had no room for
+
+    def bind(self, listen: str, data_listen: str) -> str:
+        if self.faults.active and not is_loopback(listen):
+            self.release()
+            raise ConfigError(f"faults are on, and {listen} is not loopback")
+        try:
+            if self._security.on:
+                self._gate = Gate(self.context, self._security, self.limits.max_handshakes, self.counters)
+            self._router, endpoint = self._open(listen, data=False)
+            if self._security.macs:
+                self._data, bound = self._open(data_listen or _next_port(listen), data=True)
+                self._data_port = int(bound.rpartition(":")[2])
+            for sock in self._gate.sockets if self._gate else []:
+                self.poller.register(sock, zmq.POLLIN)
+        except ConfigError:
+            self.release()
+            raise
+        return endpoint
+
+    def _open(self, listen: str, *, data: bool) -> tuple[zmq.Socket[bytes], str]:
+        """A bound socket and its endpoint with the real port."""
+        sock = make_router(self.context, listen, self.limits)
+        if self._gate:
+            self._gate.protect(sock, data=data)
+        try:
+            sock.bind(listen)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"cannot listen on {listen!r}: {error}") from None
+        self.poller.register(sock, zmq.POLLIN)
+        return sock, bytes(sock.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
+
+    def expect(self, key: Key, binding: Binding, now: float) -> None:
+        if self.closing:
+            self._guarded(self._on_event, Aborted(key, "the decode worker is closing"))
+            return
+        self.perform(self.core.expect(key, binding, now))
+
+    # --- SocketThread
+
+    def on_close(self, now: float) -> None:
+        self.perform(self.core.abort_all("the decode worker is closing", now))
+
+    def may_stop(self) -> bool:
+        return self.core.idle
+
+    def next_deadline(self, now: float) -> float:
+        return min(self.core.deadline, now + _RETRY_S) if self._stuck else self.core.deadline
+
+    def close_sockets(self) -> None:
+        if self._gate:
+            self._gate.close()
+        super().close_sockets()
+
+    def on_readable(self, sock: zmq.Socket[bytes], now: float) -> None:
+        if self._gate and self._gate.on_readable(sock):
+            return
+        taken = 0
+        for _ in range(_MESSAGES_PER_TURN):
+            try:
+                routing_id = sock.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            header, payload = _rest(sock)
+            taken += len(payload)
+            try:
+                message = self._authored(m.decode(header), routing_id, sock is self._data)
+            except m.MalformedMessage:
+                self.counters.malformed += 1
+                continue
+            if isinstance(message, m.Probe):
+                answer = m.ProbeAck(message.dst, message.src, message.nonce, m.checksum(payload))
+                if message.dst == self.core.incarnation:
+                    self.perform([Send(message.src, answer)])
+                    continue
+            if isinstance(message, m.Chunk) and not self._genuine(message, payload):
+                self.counters.forged += 1  # as if it had never come: an answer could only serve its author
+                continue
+            self.perform(self.core.receive(message, len(payload), now), payload, now)
+            if taken >= _BYTES_PER_TURN:
+                return
+
+    def _genuine(self, chunk: m.Chunk, payload: memoryview) -> bool:
+        return not self._security.macs or mac.genuine(chunk, payload, self.core.mac_key(chunk.key))
+
+    def _authored(self, message: m.AnyMessage, routing_id: bytes, beside: bool) -> m.AnyMessage:
+        """Refuses a message that names another author than the connection it came by, or came by the wrong kind of it.
+
+        `beside`: by the socket for data that is not encrypted. Its connections have no names; the MAC tells the author.
+        """
+        author, _, channel = routing_id.rpartition(b"/")
+        data = isinstance(message, m.Chunk | m.Probe)
+        if data is not beside if self._security.macs else not channel.startswith(b"d" if data else b"c"):
+            raise m.MalformedMessage("a connection of another kind")
+        if author != message.src.encode() and not beside:
+            raise m.MalformedMessage("author and connection differ")
+        return message
+
+    def on_turn(self, now: float) -> None:
+        self.perform(self.core.tick(now))
+        self.perform(self.core.acks())
+        if self._gate:
+            self._gate.tick()
+        for peer in list(self._stuck):
+            self._flush(peer)
+
+    # --- actions
+
+    def perform(self, actions: list[Action], payload: memoryview = _EMPTY, now: float = 0.0) -> None:
+        for action in actions:
+            match action:
+                case Send():
+                    self._send(action)
+                case Write():
+                    self._write(action, payload, now)
+                case Emit():
+                    self._guarded(self._on_event, action.event)
+                case Entered():
+                    self.faults.point(action.point)
+                case _:
+                    raise TypeError(f"not an action of a receiver: {action}")
+
+    def _write(self, write: Write, payload: memoryview, now: float) -> None:
+        good = len(payload) == write.slice.nbytes(self._layout) and m.checksum(payload) == write.crc
+        if not good:
+            self.counters.chunks_corrupt += 1
+            self.perform(self.core.wrote(write.key, write.seq, False, now))
+            return
+        self.faults.point("chunk_writing")
+        try:
+            self._store.write(write.pages, write.slice.tokens, write.slice.layers, payload)
+        except Exception as error:  # of the pool, whatever it is: this transfer ends, the others go on
+            self.perform(self.core.write_failed(write.key, write.seq, f"writing pages: {error}", now))
+            return
+        self.counters.bytes_received += len(payload)
+        self.perform(self.core.wrote(write.key, write.seq, True, now))
+
+    def _send(self, send: Send) -> None:
+        routing_id, message = f"{send.to}/c", send.message
+        if isinstance(message, m.HelloAck) and self._gate and self._data_port:
+            message = replace_fields(message, data_port=self._data_port, data_token=self._gate.token(message.dst))
+        frames = [routing_id.encode(), m.encode(message)]
+        # The name of the connection is not part of the message: faults must not touch it.
+        self.deliver(m.kind(send.message), frames[1:], lambda out: self._queue(send.to, [frames[0], *out]))
+
+    def _queue(self, peer: str, frames: Frames) -> None:
+        queue = self._stuck.setdefault(peer, deque())
+        if len(queue) >= self.limits.queue_messages:
+            self.counters.dropped += 1
+            return
+        queue.append(frames)
+        self._flush(peer)
+
+    def _flush(self, peer: str) -> None:
+        queue = self._stuck[peer]
+        try:
+            while queue and send_now(self._router, queue[0]):
+                queue.popleft()
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            self.counters.dropped += len(queue)  # nobody of this name is connected; the timers see to the rest
+            queue.clear()
+        if not queue:
+            del self._stuck[peer]
+
+
+def _rest(sock: zmq.Socket[bytes]) -> tuple[memoryview, memoryview]:
+    """Header and payload of a message whose first frame was read; frames beyond those are thrown away."""
+    found: list[memoryview] = []
+    while sock.getsockopt(zmq.RCVMORE):
+        if len(found) < 2:
+            found.append(sock.recv(copy=False).buffer)
+        else:
+            sock.recv_into(bytearray())
+    found += [_EMPTY] * (2 - len(found))
+    return found[0], found[1]
+
+
+def _next_port(listen: str) -> str:
+    """The endpoint beside this one; any free one where this one is any free one."""
+    host, _, port = listen.rpartition(":")
+    return f"{host}:{int(port) + 1 if port.isdigit() and int(port) else 0}"

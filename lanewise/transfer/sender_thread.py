@@ -1,0 +1,271 @@
+"""The prefill side of the KV channel: gathers page bytes, checksums and sends them.
+
+Owns: the DEALER sockets (per decode address one for control, one per data stripe) and the reading of pages.
+Must not: decide anything about a transfer; `sender_core.py` does. Page bytes are gathered once per sending into a
+buffer of their own, so pages are free the moment a transfer ends; at most `data_hwm` such buffers wait per stripe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import zmq
+from msgspec.structs import replace as replace_fields
+from numpy.typing import NDArray
+
+from lanewise.errors import ConfigError
+from lanewise.transfer import mac
+from lanewise.transfer import messages as m
+from lanewise.transfer.dealers import Connection, open_connection, open_data, writable
+from lanewise.transfer.faults import Faults, Frames, is_loopback
+from lanewise.transfer.keys import Security
+from lanewise.transfer.protocol import Action, Disconnect, Emit, Entered, Send, SendProbe
+from lanewise.transfer.records import (
+    Aborted,
+    Binding,
+    Busy,
+    Counters,
+    Delivered,
+    Endpoint,
+    Key,
+    Limits,
+    Pages,
+    PageStore,
+    Peer,
+    SenderEvent,
+    Timers,
+)
+from lanewise.transfer.send_window import Job
+from lanewise.transfer.sender_core import SenderCore
+from lanewise.transfer.sender_state import SenderTransfer
+from lanewise.transfer.zmq_link import SocketThread, send_now
+
+_CHUNKS_PER_TURN = 8  # then messages, commands and timers have their turn
+
+
+class SenderThread(SocketThread):
+    def __init__(
+        self,
+        identity: Endpoint,
+        store: PageStore,
+        on_event: Callable[[SenderEvent], None],
+        faults: Faults | None,
+        timers: Timers,
+        limits: Limits,
+        security: Security,
+    ) -> None:
+        super().__init__("kv-sender", limits, Counters(), faults)
+        self._security = security
+        self.core = SenderCore(identity, timers, limits, self.counters, mac.new_key if security.macs else bytes)
+        self._incarnation = identity.incarnation
+        self._layout = identity.layout
+        self._store = store
+        self._on_event = on_event
+        self._connections: dict[str, Connection] = {}
+        self._by_socket: dict[zmq.Socket[bytes], Connection] = {}
+        self._backlog = False
+
+    def check(self, peer: Peer) -> None:
+        if self.faults.active and not is_loopback(peer.kv_address):
+            raise ConfigError(f"faults are on, and {peer.kv_address} is not loopback")
+
+    def begin(self, key: Key, peer: Peer, binding: Binding, pages: Pages, now: float) -> None:
+        if self.closing:
+            self._emit(Aborted(key, "the prefill worker is closing"))
+            return
+        self.perform(self.core.begin(key, peer, binding, pages, now), now)
+
+    # --- SocketThread
+
+    def on_close(self, now: float) -> None:
+        self.perform(self.core.abort_all("the prefill worker is closing", now), now)
+
+    def may_stop(self) -> bool:
+        return self.core.idle
+
+    def next_deadline(self, now: float) -> float:
+        return now if self._backlog else self.core.deadline
+
+    def on_readable(self, sock: zmq.Socket[bytes], now: float) -> None:
+        connection = self._by_socket.get(sock)
+        if connection is None:
+            return
+        for _ in range(64):
+            try:
+                frames = sock.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = m.decode(frames[0])
+            except m.MalformedMessage:
+                self.counters.malformed += 1
+                continue
+            if isinstance(message, m.HelloAck):
+                message = self._open_data(connection, message)
+            self.perform(self.core.receive(connection.address, message, now), now)
+
+    def on_turn(self, now: float) -> None:
+        self.perform(self.core.tick(now), now)
+        self._backlog = False
+        for connection in list(self._connections.values()):
+            self._flush(connection)
+            self._pump(connection, now)
+            self._watch(connection)
+
+    # --- actions
+
+    def perform(self, actions: list[Action], now: float) -> None:
+        for action in actions:
+            match action:
+                case Send():
+                    self._send(action, now)
+                case SendProbe():
+                    frames: Frames = [m.encode(action.probe), action.payload]
+                    if connection := self._connection(action.to, now):
+                        connection.probes[action.stripe] = frames
+                case Emit():
+                    self._emit(action.event)  # type: ignore[arg-type]
+                case Entered():
+                    self.faults.point(action.point)
+                case Disconnect():
+                    self._disconnect(action.address)
+                case _:
+                    raise TypeError(f"not an action of a sender: {action}")
+
+    def _emit(self, event: SenderEvent) -> None:
+        match event:
+            case Delivered():
+                self.counters.delivered += 1
+            case Busy():
+                self.counters.busy += 1
+            case Aborted():
+                self.counters.aborted += 1
+            case _:
+                pass
+        self._guarded(self._on_event, event)
+
+    def _send(self, send: Send, now: float) -> None:
+        connection = self._connection(send.to, now)
+        if connection is None:
+            return
+        self.deliver(m.kind(send.message), [m.encode(send.message)], lambda frames: self._queue(connection, frames))
+
+    def _queue(self, connection: Connection, frames: Frames) -> None:
+        if len(connection.outbox) >= self.limits.queue_messages:
+            self.counters.dropped += 1
+            return
+        connection.outbox.append(frames)
+        self._flush(connection)
+
+    def _flush(self, connection: Connection) -> None:
+        while connection.outbox and send_now(connection.control, connection.outbox[0]):
+            connection.outbox.popleft()
+        for stripe, frames in list(connection.probes.items()):
+            if stripe < len(connection.data) and writable(sock := connection.data[stripe]):
+                del connection.probes[stripe]
+                self.deliver("PROBE", frames, lambda out, sock=sock: _ignore(send_now(sock, out)))  # type: ignore[misc]
+
+    # --- data
+
+    def _pump(self, connection: Connection, now: float) -> None:
+        for sock in connection.data:
+            for _ in range(_CHUNKS_PER_TURN):
+                if not writable(sock):
+                    break
+                chosen = self.core.next_chunk(connection.address)
+                if chosen is None:
+                    return
+                self._send_chunk(sock, *chosen, now)
+            else:
+                self._backlog = True
+
+    def _send_chunk(self, sock: zmq.Socket[bytes], transfer: SenderTransfer, job: Job, now: float) -> None:
+        try:
+            payload = self._gather(job)
+        except Exception as error:  # of the pool, whatever it is: this transfer ends, the others go on
+            self.perform(self.core.abort(job.key, f"reading pages: {error}", now), now)
+            return
+        crc = m.checksum(payload.data)
+        accepted = True
+
+        def send(frames: Frames) -> None:
+            nonlocal accepted
+            try:
+                sock.send(frames[0], zmq.SNDMORE | zmq.NOBLOCK)
+                self.faults.point("mid_chunk")
+                sock.send(frames[1], zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                accepted = False
+
+        chunk = transfer.chunk(job, crc)
+        if transfer.mac_key:
+            chunk = mac.signed(chunk, payload.data, transfer.mac_key)
+        self.deliver("CHUNK", [m.encode(chunk), payload.data], send)
+        self.counters.bytes_sent += payload.nbytes
+        self.counters.chunks_sent += 1
+        self.counters.chunks_resent += job.resend
+        self.perform(self.core.sent(transfer, job, crc, accepted, now), now)
+
+    def _gather(self, job: Job) -> NDArray[np.uint8]:
+        data = np.ascontiguousarray(self._store.read(job.pages, job.slice.tokens, job.slice.layers)).reshape(-1)
+        if data.dtype != np.uint8 or data.nbytes != job.slice.nbytes(self._layout):
+            raise ValueError(f"{data.nbytes} bytes of {data.dtype}, not {job.slice.nbytes(self._layout)} of uint8")
+        return data
+
+    # --- connections
+
+    def _connection(self, address: str, now: float) -> Connection | None:
+        connection = self._connections.get(address)
+        if connection is None:
+            try:
+                connection = open_connection(self.context, address, self._incarnation, self.limits, self._security)
+            except (zmq.ZMQError, ConfigError) as error:
+                self.perform(self.core.unreachable(address, f"cannot connect to {address!r}: {error}", now), now)
+                return None
+            self.poller.register(connection.control, zmq.POLLIN)
+            self._connections[address] = connection
+            self._by_socket[connection.control] = connection
+        return connection
+
+    def _open_data(self, connection: Connection, ack: m.HelloAck) -> m.HelloAck:
+        """Connects to where the partner takes data; where the two sides protect it differently, that is a refusal."""
+        if ack.dst != self._incarnation or ack.refusal:
+            return ack
+        if self._security.macs is not bool(ack.data_port):
+            theirs = "data beside control" if ack.data_port else "data with control"
+            return replace_fields(ack, refusal=f"encryption: {self._security.encryption} here, {theirs} there")
+        where = (ack.data_port, ack.data_token)
+        if self._security.macs and connection.data_at != where:
+            self._close(connection.data)
+            connection.data_at = where
+            connection.data = open_data(self.context, connection.address, *where, self._incarnation, self.limits)
+        return ack
+
+    def _close(self, sockets: list[zmq.Socket[bytes]]) -> None:
+        for sock in sockets:
+            if sock in self.poller:
+                self.poller.unregister(sock)
+            self._by_socket.pop(sock, None)
+            sock.close(linger=0)
+
+    def _watch(self, connection: Connection) -> None:
+        """Asks the poller for exactly what is waited for; POLLOUT without need would spin."""
+        self.poller.modify(connection.control, zmq.POLLIN | (zmq.POLLOUT if connection.outbox else 0))
+        wants = self.core.wants(connection.address)
+        for stripe, sock in enumerate(connection.data):
+            blocked = (wants or stripe in connection.probes) and not writable(sock)
+            if blocked and sock not in self.poller:
+                self.poller.register(sock, zmq.POLLOUT)
+            elif not blocked and sock in self.poller:
+                self.poller.unregister(sock)
+
+    def _disconnect(self, address: str) -> None:
+        connection = self._connections.pop(address, None)
+        if connection is None:
+            return
+        self._close([connection.control, *connection.data])
+
+
+def _ignore(_: bool) -> None:
+    """A test block that found no room: its timer sends it again."""
