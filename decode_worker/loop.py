@@ -296,5 +296,5 @@ class DecodeLoop(WorkerLoop[Decode]):
             decode_step_s=round(median(self._step_times), 5) if self._step_times else 0.0,
             counters=asdict(self.receiver.snapshot()),
         )
-        load = with_load(fleet, self.attempts.values(), pool.usage(), self._policy, len(self._closing))
+        load = with_load(fleet, self.attempts.values(), pool.usage(), self._policy, len(self._closing), self._admission)
         self.outbox.stats(load)

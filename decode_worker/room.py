@@ -60,10 +60,11 @@ class Admission:
             return True
         if len(held) >= self._max_running:
             return False
-        load = [(len(a.seq.ids), self._remaining(a)) for a in [*held, candidate]]
+        load = [(len(a.seq.ids), self.remaining(a)) for a in [*held, candidate]]
         return peak_tokens(load) <= self._capacity_tokens
 
-    def _remaining(self, attempt: Decode) -> int:
+    def remaining(self, attempt: Decode) -> int:
+        """Predicted output tokens to come."""
         return max(1, self._outputs.remaining(attempt.seq.num_output, attempt.seq.sampling.max_tokens))
 
 
@@ -81,12 +82,19 @@ def first_come(attempts: Iterable[Decode], phase: Phase) -> Sequence[Decode]:
 
 
 def with_load(
-    stats: WorkerStats, attempts: Iterable[Decode], usage: Usage, policy: BatchPolicy, closing: int
+    stats: WorkerStats,
+    attempts: Iterable[Decode],
+    usage: Usage,
+    policy: BatchPolicy,
+    closing: int,
+    admission: Admission,
 ) -> WorkerStats:
     """The same statistics with what the pool holds, what runs and what waits."""
     attempts = list(attempts)
     running = [a for a in attempts if a.phase is Phase.RUNNING]
     queued = sum(job.remaining_tokens for job in policy.jobs.values())
+    steps = max((admission.remaining(a) for a in attempts), default=0)
+    drain_eta_s = stats.queue_wait_s + queued * policy.cost.token_s + steps * stats.decode_step_s
     return replace(
         stats,
         queued_requests=len(policy.jobs),
@@ -97,5 +105,6 @@ def with_load(
         kv_capacity_tokens=usage.capacity_tokens,
         kv_cached_tokens=usage.cached_tokens,
         cost=policy.cost.to_mapping(),
+        drain_eta_s=round(drain_eta_s, 1),
         transfers=sum(a.phase is Phase.RECEIVING for a in attempts) + closing,
     )

@@ -81,8 +81,8 @@ class WorkerConfig(_ProcessConfig):
     max_running: int = Field(64, ge=1, description="sequences decoded together")
     ttft_target_s: float = Field(0.4, gt=0, description="soft target for requests that bring none")
     session_idle_s: float = Field(3.0, gt=0, description="a session with no ping for this long is lost")
-    drain_timeout_s: float = Field(60.0, ge=0)
-    drain_max_s: float = Field(600.0, ge=0)
+    drain_timeout_s: float = Field(60.0, ge=0, description="a drain finishes its work in place for this long")
+    drain_max_s: float = Field(600.0, ge=0, description="and hands over to another pair, or finishes, within this")
     metrics: str = Field("", description="HTTP address of /metrics; empty: none")
 
 
@@ -91,7 +91,15 @@ class RouterConfig(_ProcessConfig):
 
     http: str = Field("127.0.0.1:8000", description="OpenAI HTTP address")
     grpc: str = Field("127.0.0.1:50051", description="public gRPC address")
-    workers: tuple[str, ...] = Field((), description="gRPC addresses of the workers, any role")
+    discovery: Literal["static", "kubernetes"] = Field("static", description="where `workers` come from")
+    workers: tuple[str, ...] = Field((), description="static: gRPC addresses of the workers, any role")
+    worker_services: tuple[str, ...] = Field((), description="kubernetes: namespace/name of the workers' Services")
+    kubernetes_api: str = Field("", description="URL of the API server; default: the one of this pod's cluster")
+    kubernetes_account_dir: str = Field(
+        "/var/run/secrets/kubernetes.io/serviceaccount", description="holds token and ca.crt"
+    )
+    served_name: str = Field("", description="name of the model, for what is asked before a worker has been seen")
+    short_max_tokens: int = Field(0, ge=0, description="border of the short lane in reports; 0: learned")
     disaggregation: Literal["Auto", "Always", "Never"] = "Auto"
     ttft_target_s: float = Field(0.4, gt=0)
     tpot_target_s: float = Field(0.05, gt=0)
@@ -106,8 +114,9 @@ class RouterConfig(_ProcessConfig):
     ping_interval_s: float = Field(1.0, gt=0)
     ping_misses: int = Field(3, ge=1)
     commit_to_token_s: float = Field(10.0, gt=0, description="committed without a token for this long: decode failed")
-    drain_max_s: float = Field(600.0, ge=0)
+    drain_max_s: float = Field(600.0, ge=0, description="a drain finishes its requests in place for this long")
     peers: tuple[str, ...] = Field((), description="gRPC addresses of all routers of the service, for KEDA's metrics")
+    peer_routers: str = Field("", description="namespace/name of the Service of all routers, instead of `peers`")
     api_keys_file: str = Field("", description="one API key per line; empty: no authentication")
 
 

@@ -47,6 +47,7 @@ class WorkerIdentity:
     vocab_size: int
     device: str
     pid: int
+    kv_bytes_per_token: int = 0  # 0: not told
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,9 @@ class WorkerStats:
     preemptions: int = 0
     counters: Mapping[str, int] = field(default_factory=dict)  # totals of the KV channel since the start
     leaked_blocks: int = 0  # result of the last idle audit; anything but 0 is a defect
+    drain_eta_s: float = 0.0  # predicted time until everything it holds has ended
+    handover: bool = False  # it drains, and waits for another pair to take its streams
+    routers: int = 0  # sessions that are open
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,7 @@ class WorkerView:
     identity: WorkerIdentity
     stats: WorkerStats
     ready: bool  # connected, welcomed, not draining
-    inflight_requests: int = 0  # submitted by this router, not finished
+    inflight_requests: int = 0  # submitted by this router and not yet counted in `stats`
     inflight_tokens: int = 0  # uncached tokens submitted by this router since `stats` was taken
 
 
@@ -121,3 +125,4 @@ class Pair:
     decode: str  # incarnation
     predicted_ttft_s: float
     reason: str  # one line for `lanewise explain`
+    other_ttft_s: float | None = None  # predicted for the other way: local where this is remote, and the reverse

@@ -274,6 +274,7 @@ class PrefillLoop(WorkerLoop[Prefill]):
                 kv_capacity_tokens=usage.capacity_tokens,
                 kv_cached_tokens=usage.cached_tokens,
                 queue_wait_s=round(self._meter.wait_s(now), 4),
+                drain_eta_s=round(self._meter.wait_s(now) + max(0, queued) * cost.token_s, 1),
                 cost=cost.to_mapping(),
                 lane=self.lane,
                 lane_generation=self.lane_generation,

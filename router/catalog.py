@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,7 +40,8 @@ class Model:
 
 
 class Catalog:
-    def __init__(self, created: int) -> None:
+    def __init__(self, created: int, expected: str = "") -> None:
+        self.expected = expected  # the name that this service is configured to serve; empty: not told
         self._models: dict[str, Model] = {}
         self._created = created
         self._learning = asyncio.Lock()
@@ -86,10 +88,16 @@ class Catalog:
     async def wait(self, timeout_s: float) -> None:
         """Until some model is known, or that long."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._any.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._any.wait()
 
     def models(self) -> list[Model]:
         return list(self._models.values())
+
+    def check_name(self, name: str) -> None:
+        """Raises MODEL_NOT_FOUND where it is known, before any worker is, that nothing of that name is served here."""
+        if name and self.expected and name != self.expected and name not in self._models:
+            raise _not_found(name, [*self._models, self.expected])
 
     def get(self, name: str) -> Model:
         """The model of that name; the only model where the client names none."""
@@ -102,7 +110,9 @@ class Catalog:
             )
         if not name and len(self._models) == 1:
             return next(iter(self._models.values()))
-        known = ", ".join(sorted(self._models))
-        raise LanewiseError(
-            ErrorCode.MODEL_NOT_FOUND, f"no model {name!r} is served here; known: {known}", param="model"
-        )
+        raise _not_found(name, self._models)
+
+
+def _not_found(name: str, names: Iterable[str]) -> LanewiseError:
+    known = ", ".join(sorted(set(names)))
+    return LanewiseError(ErrorCode.MODEL_NOT_FOUND, f"no model {name!r} is served here; known: {known}", param="model")

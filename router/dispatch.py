@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -19,37 +17,23 @@ from lanewise.config import RouterConfig
 from lanewise.errors import ErrorCode, LanewiseError
 from lanewise.policy.admission import admit
 from lanewise.request import Failure, Mode, Token
+from lanewise.router.entry import Entry, Sink
 from lanewise.router.flight import Flight
+from lanewise.router.held import Held
+from lanewise.router.ledger import Ledger
 from lanewise.router.metrics import RouterMetrics
 from lanewise.router.orders import Action, Cancel, Emit, End, Limits, Order, Phase, Release, Submit
 from lanewise.router.placement import Placement, Placer
 from lanewise.router.roster import Roster
-from lanewise.router.session import Key
+from lanewise.router.session import Key, Session
 from lanewise.router.trails import Trail, Trails
 from lanewise.rpc import convert
 from lanewise.rpc import lanewise_pb2 as pb
 
 ACCOUNT_DELAY_S = 0.002  # metrics of a request wait until its answer is written
-HELD_BYTES_PER_TOKEN = 36  # an int and its place in a tuple
+HANDOVER_INTERVAL_S = 0.2  # a worker that hands over says so with every message: looked at this often
 
 log = structlog.get_logger(__name__)
-
-
-class Sink(Protocol):
-    def put(self, choice: int, item: Token | End) -> None: ...
-
-
-@dataclass(slots=True)
-class _Entry:
-    flight: Flight
-    sink: Sink
-    choice: int
-    started_at: float
-    first_at: float = 0.0
-    last_at: float = 0.0
-    timer: asyncio.TimerHandle | None = None
-    timer_at: float = 0.0
-    hits: Mapping[str, int] = field(default_factory=dict)  # cached prefix by incarnation, at the last placement
 
 
 class Dispatcher:
@@ -62,15 +46,15 @@ class Dispatcher:
         self._metrics = metrics
         self._on_routable = on_routable
         self._loop = asyncio.get_running_loop()
-        self._entries: dict[str, _Entry] = {}
-        self._held: dict[str, _Entry] = {}  # waiting for a pair, oldest first
-        self._held_bytes = 0
+        self._entries: dict[str, Entry] = {}
+        self._held = Held[Entry](config.hold_max_requests, config.hold_max_bytes)
         self._trails = Trails()
         self._placer = Placer(config, roster)
+        self.ledger = Ledger(config.ttft_target_s, config.short_max_tokens or None)
         self.arrivals = 0
         self.idle = asyncio.Event()  # nothing runs
         self.idle.set()
-        self.routable = False  # a pair has been there at least once
+        self.routable = False  # a pair has been there at least once, or there are no workers by intention
         metrics.held.set_function(lambda: len(self._held))
         metrics.running.set_function(lambda: len(self._entries))
 
@@ -88,7 +72,7 @@ class Dispatcher:
         """Accept a request. Everything that becomes of it, its end included, goes to the sink."""
         now = time.monotonic()
         flight = Flight(order, self._limits, waiting_since=now)
-        entry = _Entry(flight, sink, choice, now)
+        entry = Entry(flight, sink, choice, now)
         self._entries[order.request_id] = entry
         self.idle.clear()
         self.arrivals += 1
@@ -96,7 +80,8 @@ class Dispatcher:
         self._metrics.prompt_tokens.inc(len(order.prompt_ids))
         placement = self._placer.choose(flight, now)
         if placement is None:
-            self._settle(entry, self._hold(entry, now), now)
+            refusal = self._held.refusal(order)
+            self._settle(entry, flight.fail(refusal, now) if refusal else [], now)
             return
         predicted_s = placement.pair.predicted_ttft_s
         retry_after_s = admit(predicted_s, order.deadline_at - now, self._config.max_queue_wait_s)
@@ -145,6 +130,9 @@ class Dispatcher:
     def committed(self, key: Key) -> None:
         if entry := self._entries.get(key[0]):
             now = time.monotonic()
+            attempt = entry.flight.attempt
+            if attempt is not None and attempt.epoch == key[1] and attempt.committed_at is None:
+                self.ledger.kv_transfers += 1
             self._settle(entry, entry.flight.committed(key[1], now), now)
 
     def transfer_failed(self, source: str, key: Key, reason: str) -> None:
@@ -166,43 +154,48 @@ class Dispatcher:
 
     def fleet_changed(self) -> None:
         now = time.monotonic()
-        if not self.routable and self._placer.any_pair(now):
+        if not self.routable and (self._roster.vacant or self._placer.any_pair(now)):
             self.routable = True
             self._on_routable()
         hopeless: set[tuple[str, str, bool]] = set()
-        for entry in list(self._held.values()):
+        for entry in self._held:
             flight = entry.flight
             kind = (flight.order.model, flight.fingerprint, bool(flight.exclude))
             if kind not in hopeless and not flight.not_before and not self._place(entry, now):
                 hopeless.add(kind)
 
+    def hand_over(self, session: Session) -> None:
+        """A draining worker waits for others to take its streams: move those for which there is a pair now."""
+        now = time.monotonic()
+        assert session.identity is not None  # only welcomed sessions have statistics
+        if now - session.handed_over_at < HANDOVER_INTERVAL_S:
+            return
+        session.handed_over_at = now
+        for request_id, _ in list(session.carried):
+            entry = self._entries.get(request_id)
+            if entry is not None and self._placer.choose(entry.flight, now) is not None:
+                self.ledger.handovers += 1
+                reason = f"{session.identity.name} drains"
+                self._settle(entry, entry.flight.hand_over(session.identity.incarnation, reason, now), now)
+
     # ------------------------------------------------------------ placement
 
-    def _place(self, entry: _Entry, now: float) -> bool:
+    def _place(self, entry: Entry, now: float) -> bool:
         placement = self._placer.choose(entry.flight, now)
         if placement is not None:
             self._launch(entry, placement, now)
         return placement is not None
 
-    def _launch(self, entry: _Entry, placement: Placement, now: float) -> None:
-        self._unhold(entry)
-        entry.hits = placement.hits
+    def _launch(self, entry: Entry, placement: Placement, now: float) -> None:
+        self._held.remove(entry.flight.order)
+        entry.placement = placement
+        if entry.flight.output_ids:
+            self.ledger.resumed += 1
         self._settle(entry, entry.flight.place(placement.pair, placement.decode, now), now)
-
-    def _hold(self, entry: _Entry, now: float) -> list[Action]:
-        """Keep an arrival until a pair is there; refuse it when too much is held already."""
-        order = entry.flight.order
-        size = len(order.prompt_ids) * HELD_BYTES_PER_TOKEN
-        config = self._config
-        if len(self._held) >= config.hold_max_requests or self._held_bytes + size > config.hold_max_bytes:
-            message = f"{len(self._held)} requests already wait for workers; retry later"
-            error = LanewiseError(ErrorCode.OVERLOADED, message, retry_after_s=1.0)
-            return entry.flight.fail(error, now)
-        return []
 
     # ------------------------------------------------------------ acting
 
-    def _settle(self, entry: _Entry, actions: list[Action], now: float) -> None:
+    def _settle(self, entry: Entry, actions: list[Action], now: float) -> None:
         """Do what a transition asked for, then hold, place or time the flight as its phase needs."""
         for action in actions:
             if isinstance(action, Emit):
@@ -214,40 +207,47 @@ class Dispatcher:
             else:
                 self._finish(entry, action, now)
                 return
+        if entry.flight.phase is not Phase.WAITING or not self._wait(entry, now):
+            self._arm(entry)
+
+    def _wait(self, entry: Entry, now: float) -> bool:
+        """Hold a flight that needs a pair; true when one was found at once."""
         flight = entry.flight
-        if flight.phase is Phase.WAITING and flight.order.request_id not in self._held:
-            self._held[flight.order.request_id] = entry
-            self._held_bytes += len(flight.order.prompt_ids) * HELD_BYTES_PER_TOKEN
+        if flight.order.request_id not in self._held:
+            self._held.add(flight.order, entry)
             if flight.epoch:
                 what, reason = flight.last_step
                 self._metrics.failovers.labels(what).inc()
                 log.info(what, request_id=flight.order.request_id, epoch=flight.epoch, reason=reason)
                 if not flight.not_before and self._place(entry, now):
-                    return
-        self._arm(entry)
+                    return True
+        if not entry.was_held and not flight.not_before:
+            entry.was_held = True
+            self.ledger.held += 1
+        return False
 
-    def _emit(self, entry: _Entry, token: Token, now: float) -> None:
+    def _emit(self, entry: Entry, token: Token, now: float) -> None:
         if not entry.first_at:
-            entry.first_at = now
-            self._metrics.ttft.observe(now - entry.started_at)
+            entry.first_token(now, self._metrics, self.ledger)
         entry.last_at = now
         self._metrics.token()
         entry.sink.put(entry.choice, token)
 
-    def _submit(self, entry: _Entry, action: Submit) -> None:
+    def _submit(self, entry: Entry, action: Submit) -> None:
         submission = action.submission
         session = self._roster.session(action.incarnation)
         if session is None:  # pragma: no cover - snapshots are taken from live sessions in the same step
             raise RuntimeError(f"no session with {action.incarnation}")
         uncached = 0
         if submission.mode is not Mode.DECODE:
-            hit = entry.hits.get(action.incarnation, 0)
+            assert entry.placement is not None  # what a submission comes of
+            hit = entry.placement.hits.get(action.incarnation, 0)
             self._metrics.placed(submission, hit)
             uncached = len(submission.prompt_ids) + len(submission.resumed_output_ids) - hit
         session.carry(submission.key, uncached)
         session.send(pb.RouterMessage(submit=convert.submit_to_wire(submission)))
 
-    def _leave(self, entry: _Entry, action: Cancel | Release) -> None:
+    def _leave(self, entry: Entry, action: Cancel | Release) -> None:
         session = self._roster.session(action.incarnation)
         if session is None:
             return
@@ -257,9 +257,9 @@ class Dispatcher:
             cancel = pb.Cancel(request_id=request_id, epoch=action.epoch, reason=action.reason)
             session.send(pb.RouterMessage(cancel=cancel))
 
-    def _finish(self, entry: _Entry, end: End, now: float) -> None:
+    def _finish(self, entry: Entry, end: End, now: float) -> None:
         flight, request_id = entry.flight, entry.flight.order.request_id
-        self._unhold(entry)
+        self._held.remove(flight.order)
         del self._entries[request_id]
         if not self._entries:
             self.idle.set()
@@ -267,18 +267,13 @@ class Dispatcher:
             entry.timer.cancel()
         entry.sink.put(entry.choice, end)
         self._trails.keep(request_id, Trail(entry.started_at, tuple(flight.steps)))
-        steps = len(flight.output_ids) - 1
-        tpot_s = (entry.last_at - entry.first_at) / steps if steps > 0 else None
+        self.ledger.failed += end.error is not None and end.error.code is not ErrorCode.CANCELLED
         ttft_s = entry.first_at - entry.started_at if entry.first_at else None
-        account = (request_id, end.error.code if end.error else end.reason, now - entry.started_at, ttft_s, tpot_s)
+        outcome = end.error.code if end.error else end.reason
+        account = (request_id, outcome, now - entry.started_at, ttft_s, entry.tpot_s)
         self._loop.call_later(ACCOUNT_DELAY_S, self._metrics.ended, *account)
 
-    def _unhold(self, entry: _Entry) -> None:
-        order = entry.flight.order
-        if self._held.pop(order.request_id, None) is not None:
-            self._held_bytes -= len(order.prompt_ids) * HELD_BYTES_PER_TOKEN
-
-    def _arm(self, entry: _Entry) -> None:
+    def _arm(self, entry: Entry) -> None:
         """One timer per flight. It may fire early and look again, so that a token never has to move it."""
         at = entry.flight.wake_at()
         if entry.timer is not None:
@@ -289,7 +284,7 @@ class Dispatcher:
         # Time limits are on time.monotonic(), whatever clock the loop keeps.
         entry.timer = self._loop.call_later(max(at - time.monotonic(), 0.0), self._fire, entry)
 
-    def _fire(self, entry: _Entry) -> None:
+    def _fire(self, entry: Entry) -> None:
         entry.timer = None
         now = time.monotonic()
         flight = entry.flight

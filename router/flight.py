@@ -133,6 +133,14 @@ class Flight:
             return self._end(End(FinishReason.ERROR, LanewiseError(ErrorCode.WORKER_LOST, message)), now)
         return self._retry(now, reason, {incarnation}, free=False)
 
+    def hand_over(self, incarnation: str, reason: str, now: float) -> list[Action]:
+        """A worker of this attempt drains and another pair is there: go on with it. Free, and without a back-off."""
+        if self.attempt is None or incarnation not in self.attempt.engaged:
+            return []
+        actions = self._retry(now, f"handed over: {reason}", {incarnation}, free=True)
+        self.not_before, self.free_retries = 0.0, 0
+        return actions
+
     def cancel(self, now: float, reason: str = "cancelled by the client") -> list[Action]:
         if self.phase is Phase.ENDED:
             return []

@@ -16,7 +16,8 @@ from lanewise.config import RouterConfig
 from lanewise.errors import ErrorCode, LanewiseError
 from lanewise.request import FinishReason, Sampling, Token, choice_seed
 from lanewise.router.catalog import Catalog, Model
-from lanewise.router.dispatch import HELD_BYTES_PER_TOKEN, Dispatcher
+from lanewise.router.dispatch import Dispatcher
+from lanewise.router.held import HELD_BYTES_PER_TOKEN
 from lanewise.router.orders import End, Order
 from lanewise.router.outbox import Outbox
 from lanewise.router.sampling import GenerationRequest, Prompt, check_shape, resolve
@@ -161,6 +162,11 @@ class Front:
         self._early = 0
         self.draining = False
 
+    @property
+    def num_early(self) -> int:
+        """Requests that wait for the first worker to tell of its model."""
+        return self._early
+
     async def generate(self, request: GenerationRequest, on_stall: Callable[[], None]) -> Generation:
         """Accept a request, or raise the LanewiseError that refuses it. `on_stall` cuts off a client that hangs."""
         started = time.monotonic()
@@ -189,6 +195,7 @@ class Front:
     async def _model(self, request: GenerationRequest, timeout_s: float) -> Model:
         """Before any worker has been seen there is no tokenizer: such requests are held as they came, also bounded."""
         if not self._catalog.models():
+            self._catalog.check_name(request.model)
             size = sum(_size(prompt) for prompt in request.prompts)
             config = self._config
             if self._early >= config.hold_max_requests or self._early_bytes + size > config.hold_max_bytes:

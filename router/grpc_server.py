@@ -1,6 +1,6 @@
-"""The public gRPC API and the fleet state for the operator.
+"""The public gRPC API.
 
-Owns: `Inference`, `Fleet`, and the mapping of LanewiseError to status and trailing metadata.
+Owns: `Inference`, and the mapping of LanewiseError to status and trailing metadata.
 Must not: know workers beyond repeating what they said of themselves.
 """
 
@@ -18,10 +18,8 @@ from google.protobuf.message import DecodeError
 from lanewise.errors import ErrorCode, LanewiseError, Retry, invalid
 from lanewise.router.auth import ApiKeys
 from lanewise.router.catalog import Catalog
-from lanewise.router.demand import DemandMeter
 from lanewise.router.dispatch import Dispatcher
 from lanewise.router.generation import Delta, Ended, Event, Front, Generation
-from lanewise.router.roster import Roster
 from lanewise.router.sampling import Chat, GenerationRequest, Options, Prompt
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
@@ -276,25 +274,3 @@ def _accepted(request: pb.GenerateRequest, generation: Generation) -> pb.Accepte
         client_request_id=request.client_request_id,
         prompt_tokens=generation.prompt_tokens,
     )
-
-
-class FleetService(pb_grpc.FleetServicer):
-    """For the operator: what this router sees, nothing decided."""
-
-    def __init__(self, router: str, roster: Roster, dispatcher: Dispatcher, demand: DemandMeter) -> None:
-        self._router, self._demand = router, demand
-        self._roster, self._dispatcher = roster, dispatcher
-
-    async def Snapshot(self, request: pb.FleetRequest, context: Context | None) -> pb.FleetReply:
-        now = time.monotonic()
-        arrivals, held = self._dispatcher.arrivals, self._dispatcher.num_held
-        reply = pb.FleetReply(router=self._router, arrivals=arrivals, held=held, demand=self._demand.to_wire())
-        for session in self._roster.sessions():
-            reply.workers.add(
-                description=session.description,
-                stats=session.wire_stats,
-                ready=not session.stats.draining,
-                stats_age_s=now - session.stats_at if session.stats_at else 0.0,
-                inflight=len(session.carried),
-            )
-        return reply

@@ -42,7 +42,7 @@ class HttpListener:
         self.handler = handler
         self.max_body_bytes = max_body_bytes
         self.connections: set[Connection] = set()
-        self.stopping = False
+        self.draining = False
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -54,15 +54,18 @@ class HttpListener:
         port: int = listener.getsockname()[1]
         return port
 
-    async def stop(self, timeout_s: float) -> None:
-        """Take no more; running requests have `timeout_s` to end, then they are cut off."""
-        self.stopping = True
-        if self._server is not None:
-            self._server.close()
+    def drain(self) -> None:
+        """Send clients elsewhere: idle connections close, every answer is the last of its connection."""
+        self.draining = True
         for connection in list(self.connections):
             connection.close_if_idle()
-        running = [connection.closed for connection in self.connections]
-        if running:
+
+    async def stop(self, timeout_s: float) -> None:
+        """Take no more; running requests have `timeout_s` to end, then they are cut off."""
+        if self._server is not None:
+            self._server.close()
+        self.drain()
+        if running := [connection.closed for connection in self.connections]:
             await asyncio.wait(running, timeout=timeout_s)
         for connection in list(self.connections):
             connection.abort()
@@ -202,10 +205,6 @@ class Connection(asyncio.Protocol):
 
     # ------------------------------------------------------------ from the exchange
 
-    @property
-    def stopping(self) -> bool:
-        return self._listener.stopping
-
     def write(self, data: bytes) -> None:
         if self.transport.is_closing():
             raise ConnectionResetError("the client is gone")
@@ -216,6 +215,10 @@ class Connection(asyncio.Protocol):
             await asyncio.shield(self._may_write)
         if self.transport.is_closing():
             raise ConnectionResetError("the client is gone")
+
+    @property
+    def stopping(self) -> bool:
+        return self._listener.draining
 
     def abort(self) -> None:
         self.transport.abort()

@@ -83,7 +83,7 @@ class Peers:
         try:
             if self._discovery is not None:
                 async for addresses in self._discovery.watch():
-                    await self._follow(addresses)
+                    await self._follow(frozenset(addresses))
             await asyncio.get_running_loop().create_future()
         finally:
             await self._follow(frozenset())

@@ -29,10 +29,11 @@ from lanewise.policy.cost import CostModel
 from lanewise.router.auth import ApiKeys
 from lanewise.router.catalog import Catalog
 from lanewise.router.demand import DemandMeter
-from lanewise.router.discovery import StaticDiscovery
+from lanewise.router.discovery import peer_discovery, worker_discovery
 from lanewise.router.dispatch import Dispatcher
+from lanewise.router.fleet_server import FleetService, Self
 from lanewise.router.generation import Front
-from lanewise.router.grpc_server import FleetService, InferenceService, add_inference
+from lanewise.router.grpc_server import InferenceService, add_inference
 from lanewise.router.http_server import HttpServer
 from lanewise.router.http_wire import BACKLOG, HttpListener
 from lanewise.router.keda import ExternalScaler
@@ -124,12 +125,13 @@ class Router:
         self._config = config
         self.incarnation = str(uuid.uuid4())
         self._keys = ApiKeys(config.api_keys_file)
-        self.catalog = Catalog(created=int(time.time()))
+        self.catalog = Catalog(created=int(time.time()), expected=config.served_name)
+        self.discovery = worker_discovery(config)
         self.metrics = RouterMetrics(DemandMeter(config.ttft_target_s, config.tpot_target_s, self._cost))
         self.roster = Roster(self.incarnation, Timing(config.ping_interval_s, config.ping_misses), self.catalog)
         self.dispatcher = Dispatcher(config, self.roster, self.metrics, self._routable)
         self.roster.listen(self.dispatcher)
-        self.metrics.watch_fleet(self.roster.sessions)
+        self.metrics.watch(self.roster.sessions, self.dispatcher.ledger, lambda: self.discovery.freshness)
         self.front = Front(config, self.catalog, self.dispatcher)
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
@@ -145,12 +147,12 @@ class Router:
         self._http = HttpListener(server.handle, config.max_body_bytes)
         self.http = Address(self.http.host, await self._http.start(_listen(self.http)))
         await self._start_grpc()
-        self._sessions = asyncio.create_task(self.roster.run(StaticDiscovery(config.workers)))
+        self._sessions = asyncio.create_task(self.roster.run(self.discovery))
         log.info(
             "ready",
             http=f"http://{self.http}",
             grpc=str(self.grpc),
-            workers=list(config.workers),
+            workers=list(config.workers or config.worker_services),
             incarnation=self.incarnation,
             pid=os.getpid(),
         )
@@ -160,9 +162,16 @@ class Router:
         options = [("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0)]
         self._server = grpc.aio.server(options=options)
         inference = InferenceService(self.front, self.catalog, self.dispatcher, self._keys)
-        fleet = FleetService(self.incarnation, self.roster, self.dispatcher, self.metrics.demand)
+        self._fleet = fleet = FleetService(
+            Self(self.incarnation, self._config.name),
+            self.roster,
+            self.dispatcher,
+            self.catalog,
+            self.discovery,
+            self.metrics.demand,
+        )
         add_inference(inference, self._server)
-        self._peers = Peers(lambda: fleet.Snapshot(pb.FleetRequest(), None), StaticDiscovery(self._config.peers))
+        self._peers = Peers(lambda: fleet.Snapshot(pb.FleetRequest(), None), peer_discovery(self._config))
         self._following = asyncio.create_task(self._peers.run())
         # grpcio's generated registration functions carry no types.
         pb_grpc.add_FleetServicer_to_server(fleet, self._server)  # type: ignore[no-untyped-call]
@@ -193,8 +202,11 @@ class Router:
 
     async def drain(self, hurry: asyncio.Event | None = None) -> None:
         """Refuse what is new, finish what runs: up to drain_max_s, or until `hurry` is set."""
-        self.front.draining = True
+        self.front.draining = self._fleet.draining = True
         await self._set_health(NOT_SERVING)
+        self._http.drain()
+        # Tells gRPC clients to open their next call on another connection, which a Service leads to another router.
+        going = asyncio.create_task(self._server.stop(grace=self._config.drain_max_s + FLUSH_S))
         log.info("draining", running=self.dispatcher.num_running, max_s=self._config.drain_max_s)
         waiters = [asyncio.create_task(event.wait()) for event in (self.dispatcher.idle, hurry) if event is not None]
         await asyncio.wait(waiters, timeout=self._config.drain_max_s, return_when=asyncio.FIRST_COMPLETED)
@@ -202,6 +214,8 @@ class Router:
             waiter.cancel()
         left = LanewiseError(ErrorCode.DRAINING, "this router stopped before the request was complete")
         self.dispatcher.end_all(left)
+        await asyncio.wait((going,), timeout=FLUSH_S)
+        going.cancel()
 
     async def stop(self) -> None:
         await self._http.stop(FLUSH_S)

@@ -18,6 +18,8 @@ from prometheus_client.registry import Collector
 from lanewise.fleet import WorkerIdentity, WorkerStats
 from lanewise.request import Submission
 from lanewise.router.demand import DemandMeter
+from lanewise.router.discovery import Freshness
+from lanewise.router.ledger import Ledger
 from lanewise.router.session import Session
 from lanewise.telemetry import Metrics
 
@@ -72,11 +74,45 @@ class RouterMetrics:
         if tpot_s is not None:
             self.tpot.observe(tpot_s)
 
-    def watch_fleet(self, sessions: Callable[[], Iterable[Session]]) -> None:
+    def watch(
+        self, sessions: Callable[[], Iterable[Session]], ledger: Ledger, freshness: Callable[[], Freshness]
+    ) -> None:
+        """What is read at a scrape, where the parts keep it."""
         self.registry.register(_Fleet(sessions))
+        self.registry.register(_Own(ledger, freshness))
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class _Own(Collector):
+    """The plain numbers of this router."""
+
+    def __init__(self, ledger: Ledger, freshness: Callable[[], Freshness]) -> None:
+        self._ledger = ledger
+        self._freshness = freshness
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        ledger, fresh = self._ledger, self._freshness()
+        for name, help_text, value in (
+            ("kv_transfers", "attempts whose KV came over the KV channel and was committed", ledger.kv_transfers),
+            ("requests_resumed", "attempts that continued a stream on another pair", ledger.resumed),
+            ("requests_held", "requests that waited for a worker pair at least once", ledger.held),
+            ("handovers", "attempts moved because their worker drained", ledger.handovers),
+        ):
+            yield CounterMetricFamily(f"lanewise_{name}", help_text, value)
+        yield GaugeMetricFamily("lanewise_discovery_synced", "1: the view of the workers is complete", fresh.synced)
+        stale_s = fresh.stale_s(time.monotonic())
+        yield GaugeMetricFamily("lanewise_discovery_stale_seconds", "since the source was last heard", stale_s)
+        ttft = GaugeMetricFamily("lanewise_prefill_ttft_seconds", "recent means by way", labels=("way", "kind"))
+        for way, numbers in (("remote", ledger.remote), ("local", ledger.local)):
+            if numbers.requests:
+                for kind, seconds in zip(("measured", "predicted", "other_way"), numbers.means, strict=True):
+                    ttft.add_metric([way, kind], seconds)
+        yield ttft
 
 
 class _Fleet(Collector):

@@ -45,6 +45,8 @@ class Placer:
                 tpot_target_s=self._config.tpot_target_s,
                 max_tokens=order.sampling.max_tokens,
                 exclude=exclude,
+                kv_bytes_per_token=fleet.decode[0].identity.kv_bytes_per_token if fleet.decode else 0,
+                sampled=any(view.stats.routers > 1 for view in fleet.decode[:1]),
             )
             pair = choose_pair(request, fleet, now, self._routes)
             if pair is not None:

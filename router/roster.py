@@ -7,6 +7,7 @@ Must not: know requests beyond passing on which of them a lost session carried.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -17,12 +18,14 @@ from lanewise.fleet import FleetSnapshot, Role, WorkerIdentity
 from lanewise.policy.baseline_routing import worker_cost
 from lanewise.policy.blocks import UNIT_TOKENS, cache_key, chain_hashes
 from lanewise.router.catalog import Catalog
-from lanewise.router.discovery import Discovery
+from lanewise.router.discovery import Discovery, Endpoint, View
 from lanewise.router.session import Key, Session, SessionEnded, Timing, Work
 from lanewise.rpc import lanewise_pb2 as pb
 
 FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 0.5
+UNREADY_BACKOFF_S = 2.0  # for an address that says it is not ready; it is tried at once when that changes
+GONE = Endpoint(ready=False, terminating=True)  # an address that left: its streams may finish
 STOPPING = "this router stops"
 HEALTHY_S = 1.0  # a session that lived this long resets the back-off
 
@@ -34,6 +37,7 @@ class Listener(Work, Protocol):
 
     def fleet_changed(self) -> None: ...
     def session_lost(self, incarnation: str, keys: Sequence[Key], reason: str) -> None: ...
+    def hand_over(self, session: Session) -> None: ...
 
 
 class Roster:
@@ -43,6 +47,9 @@ class Roster:
         self._catalog = catalog
         self._listener: Listener | None = None
         self._sessions: dict[str, Session] = {}  # by incarnation; welcomed and alive
+        self._view: View = {}
+        self._discovery: Discovery | None = None
+        self._nudges: dict[str, asyncio.Event] = {}  # by address: something changed, try again at once
 
     def listen(self, listener: Listener) -> None:
         self._listener = listener
@@ -90,6 +97,7 @@ class Roster:
         if identity.incarnation in self._sessions:
             raise SessionEnded(f"{identity.name} is already connected at another address")
         self._sessions[identity.incarnation] = session
+        session.place(self._view.get(session.address, GONE))
         log.info("worker_welcomed", worker=identity.name, incarnation=identity.incarnation, address=session.address)
         if identity.role is Role.DECODE:
             self._tell_peers(lambda other: True)
@@ -100,25 +108,50 @@ class Roster:
     def changed(self, session: Session) -> None:
         worker_cost(session.view())  # both are kept: made now, they do not cost the next request its time
         self._fleet_changed()
+        if session.stats.handover and session.carried and self._listener is not None:
+            self._listener.hand_over(session)
 
     # ------------------------------------------------------------ keepers
 
     async def run(self, discovery: Discovery) -> None:
         """Owned task: follows the addresses. An address that leaves keeps its session until that ends by itself."""
-        wanted: set[str] = set()
+        self._discovery = discovery
         async with asyncio.TaskGroup() as group:
             keepers: dict[str, asyncio.Task[None]] = {}
-            async for addresses in discovery.watch():
-                wanted.clear()
-                wanted.update(addresses)
-                for address in addresses:
-                    if address not in keepers or keepers[address].done():
-                        keepers[address] = group.create_task(self._keep(address, wanted))
+            async for view in discovery.watch():
+                self._view = view
+                keepers = {address: task for address, task in keepers.items() if not task.done()}
+                for address in view:
+                    if address not in keepers:
+                        self._nudges[address] = asyncio.Event()
+                        keepers[address] = group.create_task(self._keep(address))
+                self._look(view)
 
-    async def _keep(self, address: str, wanted: set[str]) -> None:
+    @property
+    def endpoints(self) -> View:
+        """The last view of the addresses."""
+        return self._view
+
+    @property
+    def vacant(self) -> bool:
+        """The cluster has said that there is no worker at all: scaled to zero. A static list says no such thing."""
+        discovery = self._discovery
+        if discovery is None or self._view:
+            return False
+        return discovery.freshness.synced and discovery.freshness.kind != "static"
+
+    def _look(self, view: View) -> None:
+        """A new view: sessions learn what it says of them, and who waits to try again may try now."""
+        for nudge in self._nudges.values():
+            nudge.set()
+        for session in self._sessions.values():
+            session.place(view.get(session.address, GONE))
+        self._fleet_changed()
+
+    async def _keep(self, address: str) -> None:
         failures = 0
         quiet = False  # an absent worker is logged once, not at every attempt
-        while address in wanted:
+        while address in self._view:
             assert self._listener is not None  # listen() comes before run()
             session = Session(address, self._router, self._timing, self._catalog, self, self._listener)
             started = time.monotonic()
@@ -132,7 +165,17 @@ class Roster:
             quiet = session.identity is None
             failures = 0 if session.identity and time.monotonic() - started > HEALTHY_S else failures + 1
             if failures > 0 and (session.identity is None or failures > 1):
-                await asyncio.sleep(min(FIRST_BACKOFF_S * 2.0 ** min(failures - 1, 16), LAST_BACKOFF_S))
+                await self._back_off(address, failures)
+        del self._nudges[address]
+
+    async def _back_off(self, address: str, failures: int) -> None:
+        endpoint = self._view.get(address, GONE)
+        longest = LAST_BACKOFF_S if endpoint.ready else UNREADY_BACKOFF_S
+        nudge = self._nudges[address]
+        nudge.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(FIRST_BACKOFF_S * 2.0 ** min(failures - 1, 16), longest)):
+                await nudge.wait()
 
     def _gone(self, session: Session, reason: str) -> None:
         identity = session.identity

@@ -19,7 +19,9 @@ import structlog
 from lanewise.fleet import WorkerIdentity, WorkerStats, WorkerView
 from lanewise.request import Failure, Token
 from lanewise.router.catalog import Catalog
+from lanewise.router.discovery import Endpoint
 from lanewise.router.prefix_index import BlockEventGap, PrefixIndex
+from lanewise.router.readiness import why_not
 from lanewise.rpc import convert
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
@@ -80,11 +82,15 @@ class Session:
         self.wire_stats = pb.Stats()
         self.stats = WorkerStats()
         self.stats_at = 0.0
+        self.not_ready = "not welcomed yet"  # why it gets no new work; empty when it does
+        self.endpoint = Endpoint()
+        self.handed_over_at = 0.0  # when its streams were last looked at to be moved
         self.prefixes = PrefixIndex()
         self.carried: dict[Key, int] = {}  # (request, epoch) -> uncached tokens, until released or cancelled
         self._fresh: dict[Key, int] = {}  # the part of `carried` that `stats` cannot know of yet
         self._accepted: set[Key] = set()
         self._view: WorkerView | None = None  # as of now; None: something has changed
+        self._awaiting: set[Key] = set()  # decode attempts whose KV is not there yet: in no number of the worker's
         self._router = router
         self._timing = timing
         self._catalog = catalog
@@ -102,14 +108,25 @@ class Session:
         self._wake.set()
 
     def carry(self, key: Key, uncached_tokens: int) -> None:
-        self.carried[key] = self._fresh[key] = uncached_tokens
+        """0 tokens: another worker computes them, and this one decodes."""
+        self.carried[key] = uncached_tokens
+        if uncached_tokens:
+            self._fresh[key] = uncached_tokens
+        else:
+            self._awaiting.add(key)
         self._view = None
 
     def release(self, key: Key) -> None:
         self.carried.pop(key, None)
         self._fresh.pop(key, None)
         self._accepted.discard(key)
+        self._awaiting.discard(key)
         self._view = None
+
+    def place(self, endpoint: Endpoint) -> None:
+        """What discovery says of its address now."""
+        self.endpoint = endpoint
+        self._judge()
 
     def view(self) -> WorkerView:
         if self._view is not None:
@@ -120,8 +137,8 @@ class Session:
         view = WorkerView(
             identity=self.identity,
             stats=replace(self.stats, queue_wait_s=max(0.0, self.stats.queue_wait_s - age)) if waits else self.stats,
-            ready=not self.stats.draining,
-            inflight_requests=len(self.carried),
+            ready=not self.not_ready,
+            inflight_requests=len(self._fresh) + len(self._awaiting),
             inflight_tokens=sum(self._fresh.values()),
         )
         if not waits:  # else it ages
@@ -175,6 +192,7 @@ class Session:
         except ValueError as error:
             raise SessionEnded(str(error)) from error
         self.description = description
+        self._judge()
         self._catalog.update(description)
         self._owner.welcomed(self)
 
@@ -243,7 +261,12 @@ class Session:
                 self._accepted.add(key)
                 self._work.accepted(source, key, message.accepted.cached_tokens)
             case "committed":
-                self._work.committed((message.committed.request_id, message.committed.epoch))
+                key = (message.committed.request_id, message.committed.epoch)
+                if key in self._awaiting:
+                    self._awaiting.discard(key)
+                    self._fresh[key] = 0
+                    self._accepted.add(key)
+                self._work.committed(key)
             case "failed":
                 self._work.failed(source, convert.failure_from_wire(message.failed))
             case "transfer_failed":
@@ -264,8 +287,13 @@ class Session:
         for key in self._accepted:  # the worker has counted these by itself now
             self._fresh.pop(key, None)
         self._accepted.clear()
-        self._view = None
+        self._judge()
         self._owner.changed(self)
+
+    def _judge(self) -> None:
+        if self.identity is not None:
+            self.not_ready = why_not(self.identity, self.stats, self.endpoint)
+        self._view = None
 
 
 def _words(error: Exception) -> str:

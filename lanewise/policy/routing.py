@@ -8,7 +8,7 @@ the router's request counter and the only source of variety.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lanewise.fleet import FleetSnapshot, Lane, Link, LinkState, Pair, WorkerView
@@ -62,7 +62,8 @@ def choose_pair(
     remote = _best_remote(request, decodes, fleet, seed, policy)
     if remote is None:
         return local[1]
-    return remote[1] if request.disaggregation == "Always" or remote[0] < local[0] else local[1]
+    chosen, other = (remote, local) if request.disaggregation == "Always" or remote[0] < local[0] else (local, remote)
+    return replace(chosen[1], other_ttft_s=other[1].predicted_ttft_s)
 
 
 def predicted_ttft(view: WorkerView, new: int, cached: int, cost: CostModel, target_s: float) -> float:

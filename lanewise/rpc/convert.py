@@ -174,6 +174,7 @@ def description_to_wire(identity: WorkerIdentity, *, memory_bytes: int = 0, toke
         vocab_size=identity.vocab_size,
         device=identity.device,
         pid=identity.pid,
+        kv_bytes_per_token=identity.kv_bytes_per_token,
         memory_bytes=memory_bytes,
         tokenizer_hash=tokenizer_hash,
     )
@@ -195,6 +196,7 @@ def description_from_wire(wire: pb.Description) -> WorkerIdentity:
         vocab_size=wire.vocab_size,
         device=wire.device,
         pid=wire.pid,
+        kv_bytes_per_token=wire.kv_bytes_per_token,
     )
 
 
@@ -214,6 +216,9 @@ _STATS_NUMBERS = (
     "transfers",
     "preemptions",
     "leaked_blocks",
+    "drain_eta_s",
+    "handover",
+    "routers",
 )
 
 

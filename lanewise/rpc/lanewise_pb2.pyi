@@ -228,18 +228,42 @@ class FleetRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class FleetReply(_message.Message):
-    __slots__ = ("router", "arrivals", "held", "workers", "demand")
+    __slots__ = ("router", "arrivals", "held", "workers", "router_name", "running", "draining", "resumed", "held_total", "failed", "kv_transfers", "handovers", "models", "discovery", "disaggregation", "lanes", "demand")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     ARRIVALS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_NAME_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    HELD_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    KV_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    HANDOVERS_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    DISCOVERY_FIELD_NUMBER: _ClassVar[int]
+    DISAGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
     DEMAND_FIELD_NUMBER: _ClassVar[int]
     router: str
     arrivals: int
     held: int
     workers: _containers.RepeatedCompositeFieldContainer[FleetWorker]
+    router_name: str
+    running: int
+    draining: bool
+    resumed: int
+    held_total: int
+    failed: int
+    kv_transfers: int
+    handovers: int
+    models: _containers.RepeatedCompositeFieldContainer[FleetModel]
+    discovery: DiscoveryView
+    disaggregation: Disaggregation
+    lanes: _containers.RepeatedCompositeFieldContainer[FleetLane]
     demand: Demand
-    def __init__(self, router: _Optional[str] = ..., arrivals: _Optional[int] = ..., held: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[FleetWorker, _Mapping]]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ...) -> None: ...
+    def __init__(self, router: _Optional[str] = ..., arrivals: _Optional[int] = ..., held: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[FleetWorker, _Mapping]]] = ..., router_name: _Optional[str] = ..., running: _Optional[int] = ..., draining: _Optional[bool] = ..., resumed: _Optional[int] = ..., held_total: _Optional[int] = ..., failed: _Optional[int] = ..., kv_transfers: _Optional[int] = ..., handovers: _Optional[int] = ..., models: _Optional[_Iterable[_Union[FleetModel, _Mapping]]] = ..., discovery: _Optional[_Union[DiscoveryView, _Mapping]] = ..., disaggregation: _Optional[_Union[Disaggregation, _Mapping]] = ..., lanes: _Optional[_Iterable[_Union[FleetLane, _Mapping]]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ...) -> None: ...
 
 class Demand(_message.Message):
     __slots__ = ("requests", "prompt_tokens", "prompt_squares", "uncached_tokens", "uncached_squares", "attended", "output_tokens", "finished", "attainable", "ttft_late", "tpot_late")
@@ -268,18 +292,86 @@ class Demand(_message.Message):
     def __init__(self, requests: _Optional[float] = ..., prompt_tokens: _Optional[float] = ..., prompt_squares: _Optional[float] = ..., uncached_tokens: _Optional[float] = ..., uncached_squares: _Optional[float] = ..., attended: _Optional[float] = ..., output_tokens: _Optional[float] = ..., finished: _Optional[float] = ..., attainable: _Optional[float] = ..., ttft_late: _Optional[float] = ..., tpot_late: _Optional[float] = ...) -> None: ...
 
 class FleetWorker(_message.Message):
-    __slots__ = ("description", "stats", "ready", "stats_age_s", "inflight")
+    __slots__ = ("description", "stats", "ready", "stats_age_s", "inflight", "address", "terminating", "reason")
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     STATS_AGE_S_FIELD_NUMBER: _ClassVar[int]
     INFLIGHT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TERMINATING_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     description: Description
     stats: Stats
     ready: bool
     stats_age_s: float
     inflight: int
-    def __init__(self, description: _Optional[_Union[Description, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., ready: _Optional[bool] = ..., stats_age_s: _Optional[float] = ..., inflight: _Optional[int] = ...) -> None: ...
+    address: str
+    terminating: bool
+    reason: str
+    def __init__(self, description: _Optional[_Union[Description, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., ready: _Optional[bool] = ..., stats_age_s: _Optional[float] = ..., inflight: _Optional[int] = ..., address: _Optional[str] = ..., terminating: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class FleetModel(_message.Message):
+    __slots__ = ("name", "max_context_tokens", "prefill_workers", "decode_workers")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    max_context_tokens: int
+    prefill_workers: int
+    decode_workers: int
+    def __init__(self, name: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., prefill_workers: _Optional[int] = ..., decode_workers: _Optional[int] = ...) -> None: ...
+
+class DiscoveryView(_message.Message):
+    __slots__ = ("kind", "synced", "stale_s", "endpoints", "error")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SYNCED_FIELD_NUMBER: _ClassVar[int]
+    STALE_S_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    synced: bool
+    stale_s: float
+    endpoints: int
+    error: str
+    def __init__(self, kind: _Optional[str] = ..., synced: _Optional[bool] = ..., stale_s: _Optional[float] = ..., endpoints: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+
+class PrefillWay(_message.Message):
+    __slots__ = ("weight", "requests", "ttft_s", "predicted_ttft_s", "other_ttft_s")
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    OTHER_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    weight: float
+    requests: int
+    ttft_s: float
+    predicted_ttft_s: float
+    other_ttft_s: float
+    def __init__(self, weight: _Optional[float] = ..., requests: _Optional[int] = ..., ttft_s: _Optional[float] = ..., predicted_ttft_s: _Optional[float] = ..., other_ttft_s: _Optional[float] = ...) -> None: ...
+
+class Disaggregation(_message.Message):
+    __slots__ = ("remote", "local")
+    REMOTE_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    remote: PrefillWay
+    local: PrefillWay
+    def __init__(self, remote: _Optional[_Union[PrefillWay, _Mapping]] = ..., local: _Optional[_Union[PrefillWay, _Mapping]] = ...) -> None: ...
+
+class FleetLane(_message.Message):
+    __slots__ = ("name", "max_tokens", "workers", "requests", "ttft_p99_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_P99_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    max_tokens: int
+    workers: int
+    requests: int
+    ttft_p99_s: float
+    def __init__(self, name: _Optional[str] = ..., max_tokens: _Optional[int] = ..., workers: _Optional[int] = ..., requests: _Optional[int] = ..., ttft_p99_s: _Optional[float] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("hello", "submit", "cancel", "ping", "set_lane", "peers")
@@ -541,7 +633,7 @@ class LinkInfo(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., bandwidth_bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("queued_requests", "queued_tokens", "running_requests", "running_context_tokens", "kv_used_tokens", "kv_capacity_tokens", "kv_cached_tokens", "decode_step_s", "queue_wait_s", "cost", "lane", "lane_generation", "lane_age_s", "draining", "links", "transfers", "preemptions", "leaked_blocks", "counters")
+    __slots__ = ("queued_requests", "queued_tokens", "running_requests", "running_context_tokens", "kv_used_tokens", "kv_capacity_tokens", "kv_cached_tokens", "decode_step_s", "queue_wait_s", "cost", "lane", "lane_generation", "lane_age_s", "draining", "links", "transfers", "preemptions", "leaked_blocks", "counters", "drain_eta_s", "handover", "routers")
     class CostEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -575,6 +667,9 @@ class Stats(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     LEAKED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_ETA_S_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
     queued_requests: int
     queued_tokens: int
     running_requests: int
@@ -594,7 +689,10 @@ class Stats(_message.Message):
     preemptions: int
     leaked_blocks: int
     counters: _containers.ScalarMap[str, int]
-    def __init__(self, queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., queue_wait_s: _Optional[float] = ..., cost: _Optional[_Mapping[str, float]] = ..., lane: _Optional[str] = ..., lane_generation: _Optional[int] = ..., lane_age_s: _Optional[float] = ..., draining: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., transfers: _Optional[int] = ..., preemptions: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    drain_eta_s: float
+    handover: bool
+    routers: int
+    def __init__(self, queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., queue_wait_s: _Optional[float] = ..., cost: _Optional[_Mapping[str, float]] = ..., lane: _Optional[str] = ..., lane_generation: _Optional[int] = ..., lane_age_s: _Optional[float] = ..., draining: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., transfers: _Optional[int] = ..., preemptions: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., drain_eta_s: _Optional[float] = ..., handover: _Optional[bool] = ..., routers: _Optional[int] = ...) -> None: ...
 
 class BlockEvents(_message.Message):
     __slots__ = ("number", "snapshot", "added", "removed")
@@ -615,7 +713,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, with_tokenizer: _Optional[bool] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("role", "name", "incarnation", "address", "kv_address", "model", "fingerprint", "fingerprint_fields", "max_context_tokens", "kv_capacity_tokens", "vocab_size", "device", "pid", "memory_bytes", "tokenizer_hash")
+    __slots__ = ("role", "name", "incarnation", "address", "kv_address", "model", "fingerprint", "fingerprint_fields", "max_context_tokens", "kv_capacity_tokens", "vocab_size", "device", "pid", "memory_bytes", "tokenizer_hash", "kv_bytes_per_token")
     class FingerprintFieldsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -638,6 +736,7 @@ class Description(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_HASH_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     role: str
     name: str
     incarnation: str
@@ -653,7 +752,8 @@ class Description(_message.Message):
     pid: int
     memory_bytes: int
     tokenizer_hash: str
-    def __init__(self, role: _Optional[str] = ..., name: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., kv_address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., fingerprint_fields: _Optional[_Mapping[str, str]] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ...) -> None: ...
+    kv_bytes_per_token: int
+    def __init__(self, role: _Optional[str] = ..., name: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., kv_address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., fingerprint_fields: _Optional[_Mapping[str, str]] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
     __slots__ = ("description", "tokenizer_json", "chat_template", "special_tokens", "eos_token_ids", "generation_defaults_json")

@@ -120,6 +120,10 @@ class WorkerLoop(ABC, Generic[A]):
     def drain(self) -> None:
         self.call(self._drain)
 
+    def give_back(self) -> None:
+        """The drain is over: routers place elsewhere, at no cost, whatever is still open."""
+        self.call(self._give_back)
+
     def call(self, function: Callable[[], None]) -> None:
         """Run `function` on the engine thread."""
         self._inbox.put(function)
@@ -249,6 +253,10 @@ class WorkerLoop(ABC, Generic[A]):
 
     def _drain(self) -> None:
         self.draining = True
+
+    def _give_back(self) -> None:
+        for key in list(self.attempts):
+            self.fail(key, ErrorCode.DRAINING, "this worker stops", retryable=True)
 
     def _expire(self, now: float) -> None:
         for key in [k for k, a in self.attempts.items() if a.deadline_at <= now]:

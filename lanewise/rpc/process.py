@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc
 import structlog
@@ -24,6 +24,8 @@ from lanewise.errors import ConfigError
 from lanewise.fleet import Role, WorkerIdentity
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
+from lanewise.rpc.drain import Drain
+from lanewise.rpc.engine_metrics import serve_metrics
 from lanewise.rpc.outbox import Outbox
 from lanewise.rpc.serve import Backend, TokenizerFiles, WorkerService
 from lanewise.rpc.tokenizer_files import read_tokenizer_files
@@ -31,6 +33,9 @@ from lanewise.rpc.tokenizer_files import read_tokenizer_files
 SERVICE = "lanewise.v1.Worker"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 EXIT_USAGE = 2
+FLUSH_S = 1.0  # after the last request: for its last bytes to leave
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +44,8 @@ class Running(Backend, Protocol):
     """A backend with a life of its own."""
 
     def start(self) -> None: ...
+    def drain(self) -> None: ...
+    def give_back(self) -> None: ...
     def stop(self, timeout_s: float) -> bool: ...
     @property
     def idle(self) -> bool: ...
@@ -53,6 +60,16 @@ class WorkerFacts:
     memory_bytes: int
 
 
+class LayoutFacts(Protocol):
+    @property
+    def bytes_per_token(self) -> int: ...
+
+
+class PoolFacts(Protocol):
+    @property
+    def layout(self) -> LayoutFacts: ...
+
+
 class EngineFacts(Protocol):
     """What of a loaded engine the process tells about."""
 
@@ -64,6 +81,9 @@ class EngineFacts(Protocol):
     model_dir: Path
     device: str
     memory_bytes: int
+
+    @property
+    def pool(self) -> PoolFacts: ...
 
 
 def worker_facts(
@@ -84,6 +104,7 @@ def worker_facts(
         vocab_size=engine.vocab_size,
         device=engine.device,
         pid=os.getpid(),
+        kv_bytes_per_token=engine.pool.layout.bytes_per_token,
     )
     return WorkerFacts(identity, read_tokenizer_files(engine.model_dir, engine.eos_ids), memory_in_use(engine))
 
@@ -96,11 +117,8 @@ def memory_in_use(engine: EngineFacts) -> int:
 
 
 async def serve_worker(config: WorkerConfig, facts: WorkerFacts, build: Callable[[Outbox], Running]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain."""
-    stop = asyncio.Event()
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the drain."""
     loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -113,25 +131,30 @@ async def serve_worker(config: WorkerConfig, facts: WorkerFacts, build: Callable
         identity, facts.tokenizer, memory_bytes=facts.memory_bytes, session_idle_s=config.session_idle_s
     )
     backend = build(Outbox(loop, service.deliver))
-    service.attach(backend)
-    pb_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     checks = health.aio.HealthServicer()
+    # The empty name stays: it says that the process lives, and a worker that drains must not be killed for it.
+    drain = Drain(backend, service, lambda: checks.set(SERVICE, NOT_SERVING))
+    service.attach(backend, lambda timeout_s: drain.begin(timeout_s or config.drain_timeout_s, config.drain_max_s))
+    pb_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     names = (pb.DESCRIPTOR.services_by_name["Worker"].full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
+    metrics = serve_metrics(config.metrics, identity, service)
     backend.start()
     await server.start()
-    await _set_health(checks, health_pb2.HealthCheckResponse.SERVING)
+    for name in ("", SERVICE):
+        await checks.set(name, SERVING)
+    stop = _signals(loop, drain)
     _ready_line(identity, facts)
     repeater = asyncio.create_task(service.repeat_stats())
     try:
         await stop.wait()
-        log.info("draining", timeout_s=config.drain_timeout_s)
-        await _set_health(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
-        await _drain(service, backend, config.drain_timeout_s)
+        await drain.begin(config.drain_timeout_s, config.drain_max_s)
+        await service.close(FLUSH_S)
     finally:
         repeater.cancel()
-        await server.stop(grace=1.0)
+        metrics()
+        await server.stop(grace=FLUSH_S)
         if not await asyncio.to_thread(backend.stop, 10.0):
             log.error("engine_thread_did_not_stop")
             os._exit(1)
@@ -147,9 +170,18 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
     return f"{host}:{port}"
 
 
-async def _set_health(checks: Any, status: Any) -> None:
-    for name in ("", SERVICE):
-        await checks.set(name, status)
+def _signals(loop: asyncio.AbstractEventLoop, drain: Drain) -> asyncio.Event:
+    """The event that the first signal sets; the second ends the drain."""
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            drain.hurry()
+        stop.set()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, on_signal)
+    return stop
 
 
 def _ready_line(identity: WorkerIdentity, facts: WorkerFacts) -> None:
@@ -165,15 +197,6 @@ def _ready_line(identity: WorkerIdentity, facts: WorkerFacts) -> None:
         incarnation=identity.incarnation,
         pid=identity.pid,
     )
-
-
-async def _drain(service: WorkerService, backend: Running, timeout_s: float) -> None:
-    service.draining = True
-    backend.drain()
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    # Polled, since the other side is a thread, which has no asyncio.Event.
-    while not backend.idle and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(0.02)
 
 
 def die(error: ConfigError) -> None:

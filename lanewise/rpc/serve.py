@@ -7,10 +7,11 @@ everything it carried. Must not: know the engine or the KV channel; it talks to 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import grpc
@@ -23,10 +24,10 @@ from lanewise.rpc import convert
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
 from lanewise.rpc.outbox import Batch
+from lanewise.rpc.session_queue import MAX_QUEUED, Peer, SessionQueue
 
 PROTOCOL = 1
 WRITE_DEADLINE_S = 5.0  # a router that does not read for this long loses its session
-MAX_QUEUED = 65_536  # messages; tokens are grouped, so this is far beyond any healthy session
 STATS_DELAY_S = 0.005  # statistics follow tokens, and those of quick steps leave together
 STATS_INTERVAL_S = 0.1
 STATS_REPEAT_S = 1.0  # unchanged statistics are repeated this often, so that their age stays known
@@ -41,8 +42,7 @@ class Backend(Protocol):
     def cancel(self, key: tuple[str, int], reason: str) -> None: ...
     def session_lost(self, session: str) -> None: ...
     def set_lane(self, lane: Lane, expected_generation: int) -> None: ...
-    def set_peers(self, peers: tuple[tuple[str, str, str], ...]) -> None: ...
-    def drain(self) -> None: ...
+    def set_peers(self, peers: tuple[Peer, ...]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,55 +57,6 @@ class TokenizerFiles:
     generation_defaults_json: str
 
 
-@dataclass(slots=True)
-class _Session:
-    """One router's stream. `queue` is first in, first out, since the order of tokens and endings is a promise."""
-
-    id: str
-    router: str
-    queue: deque[pb.WorkerMessage | list[Token]] = field(default_factory=deque)
-    stats: WorkerStats | None = None
-    blocks: deque[pb.WorkerMessage] = field(default_factory=deque)
-    block_number: int = 0
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def put(self, message: pb.WorkerMessage) -> None:
-        self.queue.append(message)
-        self.wake.set()
-
-    def put_tokens(self, tokens: list[Token]) -> None:
-        """Tokens of several steps that wait together leave in one message."""
-        if self.queue and isinstance(self.queue[-1], list):
-            self.queue[-1].extend(tokens)
-        else:
-            self.queue.append(list(tokens))
-        self.wake.set()
-
-    def put_blocks(self, snapshot: bool, added: list[bytes], removed: list[bytes]) -> None:
-        event = pb.BlockEvents(
-            number=self.block_number, snapshot=snapshot, added=b"".join(added), removed=b"".join(removed)
-        )
-        self.block_number += 1
-        self.blocks.append(pb.WorkerMessage(blocks=event))
-        self.wake.set()
-
-    @property
-    def overflow(self) -> bool:
-        return len(self.queue) + len(self.blocks) > MAX_QUEUED
-
-    def take(self) -> pb.WorkerMessage | None:
-        """The next message to write: tokens and endings first, then cache events, then the latest statistics."""
-        if self.queue:
-            head = self.queue.popleft()
-            return pb.WorkerMessage(step=convert.tokens_to_wire(head)) if isinstance(head, list) else head
-        if self.blocks:
-            return self.blocks.popleft()
-        if self.stats is not None:
-            stats, self.stats = self.stats, None
-            return pb.WorkerMessage(stats=convert.stats_to_wire(stats))
-        return None
-
-
 class WorkerService(pb_grpc.WorkerServicer):
     """One per worker process; all methods run on its asyncio loop."""
 
@@ -116,16 +67,20 @@ class WorkerService(pb_grpc.WorkerServicer):
         self._tokenizer = tokenizer
         self._memory_bytes = memory_bytes
         self._session_idle_s = session_idle_s
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, SessionQueue] = {}
         self._cached: set[bytes] = set()  # mirror of the engine's prefix cache, for snapshots
         self._stats = WorkerStats(kv_capacity_tokens=identity.kv_capacity_tokens)
         self._stats_sent_at = 0.0
         self._stats_timer: asyncio.TimerHandle | None = None
         self._backend: Backend | None = None
-        self.draining = False
+        self._on_drain: Callable[[float], object] = _nothing
+        self._draining = self._handover = False
+        self._empty = asyncio.Event()  # no session is open
+        self._empty.set()
 
-    def attach(self, backend: Backend) -> None:
-        self._backend = backend
+    def attach(self, backend: Backend, on_drain: Callable[[float], object]) -> None:
+        """`on_drain` starts a drain; it gets the timeout that a Drain call asked for, 0 for the configured one."""
+        self._backend, self._on_drain = backend, on_drain
 
     @property
     def backend(self) -> Backend:
@@ -135,7 +90,36 @@ class WorkerService(pb_grpc.WorkerServicer):
 
     @property
     def stats(self) -> WorkerStats:
-        return self._stats
+        """The engine's last word, with what only this side knows."""
+        return replace(
+            self._stats,
+            draining=self._draining or self._stats.draining,
+            handover=self._handover,
+            routers=len(self._sessions),
+        )
+
+    # ------------------------------------------------------------ draining
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    def tell_draining(self) -> None:
+        self._draining = True
+        self._broadcast_stats()
+
+    def tell_handover(self) -> None:
+        self._handover = True
+        self._broadcast_stats()
+
+    async def close(self, timeout_s: float) -> None:
+        """End every session, after what is in it; what has not left by then is lost."""
+        for session in self._sessions.values():
+            session.closing = True
+            session.wake.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
 
     # ------------------------------------------------------------ from the engine
 
@@ -162,8 +146,9 @@ class WorkerService(pb_grpc.WorkerServicer):
     def _broadcast_stats(self) -> None:
         self._stats_timer = None
         self._stats_sent_at = time.monotonic()
+        stats = self.stats
         for session in self._sessions.values():
-            session.stats = self._stats
+            session.stats = stats
             session.wake.set()
 
     async def repeat_stats(self) -> None:
@@ -190,11 +175,12 @@ class WorkerService(pb_grpc.WorkerServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"stale incarnation: expected {hello.expected_incarnation}, this is {self._identity.incarnation}",
             )
-        session = _Session(id=str(uuid.uuid4()), router=hello.router)
+        session = SessionQueue(id=str(uuid.uuid4()), router=hello.router)
         session.put(pb.WorkerMessage(welcome=pb.Welcome(description=self._description())))
         session.put_blocks(True, sorted(self._cached), [])
-        session.stats = self._stats
         self._sessions[session.id] = session
+        self._empty.clear()
+        self._broadcast_stats()
         log.info("session_open", router=hello.router, session=session.id)
         reason = "router closed it"
         reader = asyncio.create_task(self._read(session, context))
@@ -207,10 +193,14 @@ class WorkerService(pb_grpc.WorkerServicer):
             writer.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
             del self._sessions[session.id]
+            if not self._sessions:
+                self._empty.set()
             self.backend.session_lost(session.id)
+            if session.peers and self._sessions:
+                self._tell_peers()
             log.info("session_closed", router=hello.router, session=session.id, reason=reason)
 
-    async def _read(self, session: _Session, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    async def _read(self, session: SessionQueue, context: grpc.aio.ServicerContext[Any, Any]) -> str:
         while True:
             try:
                 async with asyncio.timeout(self._session_idle_s):
@@ -223,7 +213,7 @@ class WorkerService(pb_grpc.WorkerServicer):
                 return "router closed it"
             self._handle(session, message)
 
-    def _handle(self, session: _Session, message: pb.RouterMessage) -> None:
+    def _handle(self, session: SessionQueue, message: pb.RouterMessage) -> None:
         match message.WhichOneof("message"):
             case "submit":
                 self._submit(session, message.submit)
@@ -234,12 +224,16 @@ class WorkerService(pb_grpc.WorkerServicer):
             case "set_lane":
                 self._set_lane(message.set_lane)
             case "peers":
-                peers = tuple((p.kv_address, p.incarnation, p.fingerprint) for p in message.peers.peers)
-                self.backend.set_peers(peers)
+                session.peers = tuple((p.kv_address, p.incarnation, p.fingerprint) for p in message.peers.peers)
+                self._tell_peers()
             case other:
                 log.warning("unknown_router_message", kind=other)
 
-    def _submit(self, session: _Session, wire: pb.Submit) -> None:
+    def _tell_peers(self) -> None:
+        """All partners that any router knows of: one that has not met a worker yet must not take it from the others."""
+        self.backend.set_peers(tuple({p[1]: p for s in self._sessions.values() for p in s.peers}.values()))
+
+    def _submit(self, session: SessionQueue, wire: pb.Submit) -> None:
         try:
             submission = convert.submit_from_wire(wire)
         except LanewiseError as error:
@@ -258,7 +252,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             return
         self.backend.set_lane(lane, wire.expected_generation)
 
-    async def _write(self, session: _Session, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    async def _write(self, session: SessionQueue, context: grpc.aio.ServicerContext[Any, Any]) -> str:
         while True:
             await session.wake.wait()
             session.wake.clear()
@@ -274,6 +268,8 @@ class WorkerService(pb_grpc.WorkerServicer):
                     return f"router did not read for {WRITE_DEADLINE_S:g} s"
                 except grpc.aio.UsageError as error:
                     return f"stream broken: {error}"
+            if session.closing:
+                return "this worker stops"
 
     # ------------------------------------------------------------ Describe, Drain
 
@@ -293,7 +289,10 @@ class WorkerService(pb_grpc.WorkerServicer):
         return reply
 
     async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainReply:
-        self.draining = True
-        self.backend.drain()
+        self._on_drain(request.timeout_s)
         stats = self._stats
         return pb.DrainReply(remaining=stats.queued_requests + stats.running_requests)
+
+
+def _nothing(_: float) -> None:
+    pass

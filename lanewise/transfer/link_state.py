@@ -67,6 +67,11 @@ class LinkMachine:
         self._wanted_at = now
         return self._greet(now) if self.phase is LinkPhase.FAILED else []
 
+    def connect(self, now: float) -> list[Action]:
+        """As `want`; what is already known is reported once more, since whoever asks may have forgotten it."""
+        actions = self.want(now)
+        return [*actions, self._report(LinkState.VERIFIED)] if self.phase is LinkPhase.UP else actions
+
     def again(self, now: float) -> list[Action]:
         """The partner has forgotten us."""
         return self._greet(now) if self.usable else []

@@ -65,7 +65,7 @@ class SenderCore:
     # --- the loop's side
 
     def connect(self, peer: Peer, now: float) -> list[Action]:
-        return self._link(peer).want(now)
+        return self._link(peer).connect(now)
 
     def begin(self, key: Key, peer: Peer, binding: Binding, pages: Pages, now: float) -> list[Action]:
         if key in self._transfers:

@@ -132,7 +132,7 @@ class ScriptedWorker(pb_grpc.WorkerServicer):
         stream = self.stream = Stream(context)
         stream.send(welcome=pb.Welcome(description=self.description()))
         stream.send(blocks=pb.BlockEvents(number=0, snapshot=True))
-        stream.send(stats=pb.Stats(kv_capacity_tokens=100_000, lane="any"))
+        stream.send(stats=self.stats())
         reader = asyncio.create_task(self._read(context))
         try:
             while (message := await stream.outgoing.get()) is not None:
@@ -141,6 +141,13 @@ class ScriptedWorker(pb_grpc.WorkerServicer):
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
+
+    def stats(self, **changes: Any) -> pb.Stats:
+        """Idle, every partner it was told of verified."""
+        stats = pb.Stats(kv_capacity_tokens=100_000, lane="any", **changes)
+        for peer in self.peers[-1].peers if self.peers else ():
+            stats.links.add(peer=peer.incarnation, state="verified")
+        return stats
 
     async def _read(self, context: Any) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
@@ -156,6 +163,7 @@ class ScriptedWorker(pb_grpc.WorkerServicer):
                     self.say(pong=pb.Pong(number=message.ping.number))
                 case "peers":
                     self.peers.append(message.peers)
+                    self.say(stats=self.stats())
 
     # ------------------------------------------------------------ what a test says
 
@@ -228,12 +236,13 @@ class Rig:
         return next(worker for worker in self.workers if worker.role == "decode")
 
     async def connected(self) -> None:
-        """Every worker that listens is welcomed and has sent its first statistics."""
+        """Every worker that listens is welcomed, has sent its first statistics and is ready as far as it can be."""
         wanted = {worker.incarnation for worker in self.workers if worker._server is not None}
+        pairs = {worker.role for worker in self.workers} == {"prefill", "decode"}
 
         def there() -> bool:
-            sessions = self.router.roster.sessions()
-            return {s.identity.incarnation for s in sessions if s.stats_at and s.identity} >= wanted
+            sessions = [s for s in self.router.roster.sessions() if s.stats_at and not (pairs and s.not_ready)]
+            return {s.identity.incarnation for s in sessions if s.identity} >= wanted
 
         await until(there, "workers connected")
 

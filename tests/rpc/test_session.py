@@ -26,7 +26,7 @@ class Recorder:
         self.submitted: list[tuple[str, Submission]] = []
         self.cancelled: list[tuple[str, int]] = []
         self.lost: asyncio.Queue[str] = asyncio.Queue()
-        self.drained = False
+        self.drains: list[float] = []
 
     def submit(self, session: str, submission: Submission) -> None:
         self.submitted.append((session, submission))
@@ -40,9 +40,6 @@ class Recorder:
     def set_lane(self, lane: Lane, expected_generation: int) -> None: ...
 
     def set_peers(self, peers: tuple[tuple[str, str, str], ...]) -> None: ...
-
-    def drain(self) -> None:
-        self.drained = True
 
 
 class Worker:
@@ -61,7 +58,7 @@ async def worker() -> AsyncIterator[Worker]:
         IDENTITY, TokenizerFiles(b"{}", "h", "", {}, (0,), "{}"), memory_bytes=1, session_idle_s=0.5
     )
     backend = Recorder()
-    service.attach(backend)
+    service.attach(backend, backend.drains.append)
     server = grpc.aio.server()
     pb_grpc.add_WorkerServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
