@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from lanewise.operator.crd import definitions
-from lanewise.spec_yaml import KINDS, parse_resources
+from lanewise.spec_yaml import KINDS, SpecError, parse_resources
 from tests.cluster import rules
+from tests.cluster.guesses import Guesser
 from tests.cluster.kube.cluster import Cluster
 from tests.cluster.kube.tools import wait_for
 from tests.cluster.raw_api import DEFINITIONS, RawApi, place
@@ -26,6 +27,7 @@ SAMPLES = Path(__file__).parents[2] / "deploy" / "samples"
 RELEASED = sorted((Path(__file__).parent / "released").glob("*.yaml"))
 STRICT = "?fieldValidation=Strict"
 DRY = f"{STRICT}&dryRun=All"
+GUESSES = 400
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,26 @@ def without_defaults(sent: Any, found: Any) -> Any:
     if isinstance(sent, list) and isinstance(found, list) and len(sent) == len(found):
         return [without_defaults(*pair) for pair in zip(sent, found, strict=True)]
     return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_api_server_and_python_judge_alike(api: RawApi, namespace_of_module: str, kind: str) -> None:
+    """Resources made up at random: whatever one of them takes, the other takes."""
+    (definition,) = (found for found in definitions() if found["spec"]["names"]["kind"] == kind)
+    schema = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    verdicts = {True: 0, False: 0}
+    for seed in range(GUESSES):
+        body = rules.resource(kind, "guess", Guesser(seed).object(schema))
+        answer = api.call("POST", place(kind, namespace_of_module) + DRY, body)
+        assert answer.code in (201, 400, 422), answer.message
+        try:
+            parse_resources(json.dumps(body))
+            ours, said = True, "sound"
+        except SpecError as error:
+            ours, said = False, str(error)
+        assert ours == (answer.code == 201), f"{body['spec']}\npython: {said}\nAPI server: {answer.message or 'taken'}"
+        verdicts[ours] += 1
+    assert min(verdicts.values()) >= GUESSES // 20, f"too much alike to tell: {verdicts}"
 
 
 def older() -> Iterator[tuple[str, list[dict[str, Any]]]]:
