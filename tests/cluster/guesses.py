@@ -148,7 +148,7 @@ class Guesser:
             return choose((True, False))
         return self.text(schema, name)
 
-    def text(self, schema: dict[str, Any], name: str) -> object:
+    def text(self, schema: dict[str, Any], name: str) -> str | int:
         if schema.get("pattern", "").startswith("^([0-9]"):
             return self.random.choice(DURATIONS) if self.random.random() < 0.3 else self.random.choice(DURATIONS[2:9])
         if name == "cron":
