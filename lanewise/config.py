@@ -84,6 +84,16 @@ class WorkerConfig(_ProcessConfig):
     drain_timeout_s: float = Field(60.0, ge=0, description="a drain finishes its work in place for this long")
     drain_max_s: float = Field(600.0, ge=0, description="and hands over to another pair, or finishes, within this")
     metrics: str = Field("", description="HTTP address of /metrics; empty: none")
+    encryption: Literal["None", "Authenticated", "Full"] = Field(
+        "None", description="of the KV channel; with anything but None, gRPC takes only clients with a certificate"
+    )
+    secret_dir: str = Field("", description="folder with the keys of the service, from `lanewise keys make`")
+    kv_data_listen: str = Field(
+        "", description="ZeroMQ endpoint for data with Authenticated; default: the port after kv_listen's"
+    )
+    health_listen: str = Field(
+        "", description="a second gRPC address for health checks alone, without TLS, as a kubelet needs it; empty: none"
+    )
 
 
 class RouterConfig(_ProcessConfig):
@@ -101,6 +111,9 @@ class RouterConfig(_ProcessConfig):
     served_name: str = Field("", description="name of the model, for what is asked before a worker has been seen")
     short_max_tokens: int = Field(0, ge=0, description="border of the short lane in reports; 0: learned")
     disaggregation: Literal["Auto", "Always", "Never"] = "Auto"
+    instance_lanes: Literal["none", "learned"] = Field(
+        "none", description="learned: prefill instances are split between short and long prompts (docs/scheduling.md)"
+    )
     ttft_target_s: float = Field(0.4, gt=0)
     tpot_target_s: float = Field(0.05, gt=0)
     request_timeout_s: float = Field(600.0, gt=0, description="hard deadline where the client sets none")
@@ -118,6 +131,7 @@ class RouterConfig(_ProcessConfig):
     peers: tuple[str, ...] = Field((), description="gRPC addresses of all routers of the service, for KEDA's metrics")
     peer_routers: str = Field("", description="namespace/name of the Service of all routers, instead of `peers`")
     api_keys_file: str = Field("", description="one API key per line; empty: no authentication")
+    worker_tls_dir: str = Field("", description="folder with ca.crt, tls.crt, tls.key; empty: no TLS to the workers")
 
 
 class OperatorConfig(_ProcessConfig):
@@ -141,6 +155,7 @@ class OperatorConfig(_ProcessConfig):
     resync_s: float = Field(600.0, gt=0, description="every service is looked at this often, whatever happens")
     fleet_period_s: float = Field(30.0, gt=0, description="how often routers are asked for the state of the fleet")
     status_period_s: float = Field(30.0, ge=0, description="numbers in a status change at most this often")
+    scaling_period_s: float = Field(15.0, gt=0, description="time between two decisions of a ScalingPolicy")
     concurrency: int = Field(4, ge=1, description="services reconciled at the same time")
 
 

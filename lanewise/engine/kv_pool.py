@@ -16,6 +16,7 @@ import torch
 from lanewise.engine.model_config import ModelConfig
 from lanewise.engine.pages import PageTable, PoolUsage
 from lanewise.errors import ConfigError
+from lanewise.kernels.native import ALIGNMENT, aligned
 from lanewise.policy.blocks import UNIT_TOKENS, KVLayout
 
 __all__ = ["KVPool", "PoolUsage", "layout_of", "pool_pages"]
@@ -88,7 +89,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros, since a NaN left in a masked slot would spread. On a CPU from calloc: memory is used as KV is written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = aligned(np.zeros(num_bytes + ALIGNMENT, dtype=np.uint8))[:num_bytes]
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def layout_of(config: ModelConfig, dtype: torch.dtype) -> KVLayout:

@@ -9,6 +9,7 @@ that greedy output in fp32 equals its output token for token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 import torch
 from torch.nn.functional import linear, rms_norm, silu
@@ -16,23 +17,42 @@ from torch.nn.functional import linear, rms_norm, silu
 from lanewise.engine.model_config import ModelConfig
 from lanewise.engine.rope import RotaryEmbedding, rotate
 from lanewise.engine.weights import LayerWeights, Linear, Weights
-from lanewise.kernels.plan import BatchPlan
+from lanewise.kernels.plan import BatchPlan, Span
 from lanewise.kernels.select import Attention
 
 OnLayers = Callable[[int, int], None]
 
 
 class Decoder:
-    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention) -> None:
+    """The decoder in torch operations, on any device; `cache` is the KV of each layer."""
+
+    kernels = "torch"
+
+    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention, cache: list[torch.Tensor]) -> None:
         self.config = config
         self.weights = weights
         self.attention = attention
+        self.cache = cache
         self.rope = RotaryEmbedding(config.rope, config.head_dim, weights.embedding.device)
 
-    def forward(
-        self, ids: torch.Tensor, plan: BatchPlan, cache: list[torch.Tensor], on_layers: OnLayers | None = None
-    ) -> torch.Tensor:
-        """Hidden states [N, hidden] before the last norm. `on_layers(lo, hi)` is called when their KV is in `cache`."""
+    def run(
+        self, spans: Seq[Span], ids: Seq[Seq[int]], sampled: Seq[bool], on_layers: OnLayers | None = None
+    ) -> torch.Tensor | None:
+        """Computes the new tokens `ids` of each span.
+
+        Logits [wanted, vocab] in fp32 of the spans whose next token is wanted, in their order; None where none is.
+        `on_layers(lo, hi)` is called when the KV of these layers is in the cache.
+        """
+        plan = self.attention.plan(spans)
+        rows = torch.tensor([token for index in plan.order for token in ids[index]], device=plan.positions.device)
+        hidden = self._forward(rows, plan, on_layers)
+        last = {index: end - 1 for index, end in zip(plan.order, plan.ends, strict=True)}
+        wanted = [last[index] for index, flag in enumerate(sampled) if flag]
+        return self.logits(hidden[wanted]) if wanted else None
+
+    def _forward(self, ids: torch.Tensor, plan: BatchPlan, on_layers: OnLayers | None) -> torch.Tensor:
+        """Hidden states [N, hidden] before the last norm."""
+        cache = self.cache
         hidden = self.weights.embedding[ids].to(self.weights.norm.dtype)  # [N, hidden]
         cos, sin = self.rope.angles(plan.positions, hidden.dtype)  # [N, 1, D]
         for index, layer in enumerate(self.weights.layers):

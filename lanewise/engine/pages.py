@@ -15,12 +15,13 @@ Invariants, all checked by `audit`:
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from lanewise.engine.audit import audit
-from lanewise.engine.sequence import Sequence
+from lanewise.engine.sequence import Sequence, no_pages
 from lanewise.policy.blocks import UNIT_TOKENS, chain_hashes
 
 Key = tuple[str, int]
@@ -41,7 +42,7 @@ class Unit:
 
     digest: bytes
     parent: bytes | None
-    pages: list[int]
+    pages: array[int]
     holders: set[Key] = field(default_factory=set)
     shadows: set[Key] = field(default_factory=set)
     num_children: int = 0
@@ -150,7 +151,7 @@ class PageTable:
             # Deepest first, so that a unit without holders never has a child with holders.
             for index in range(lease.num_sealed - 1, -1, -1):
                 self._let_go(self.units[lease.digests[index]], seq)
-        seq.pages = []
+        seq.pages = no_pages()
         seq.num_computed = seq.cached_tokens = 0
 
     def usage(self) -> PoolUsage:
@@ -191,7 +192,7 @@ class PageTable:
     def _unit_slice(self, index: int) -> slice:
         return slice(index * self.unit_pages, (index + 1) * self.unit_pages)
 
-    def _private_pages(self, lease: Lease) -> list[int]:
+    def _private_pages(self, lease: Lease) -> array[int]:
         """Pages of the lease that are in no unit: copies it shadows, and everything past its sealed chain."""
         pages = lease.seq.pages[lease.num_sealed * self.unit_pages :]
         for index, digest in enumerate(lease.digests[: lease.num_sealed]):

@@ -15,13 +15,13 @@ from lanewise.engine.model_config import Rope
 
 class RotaryEmbedding:
     def __init__(self, rope: Rope, head_dim: int, device: torch.device) -> None:
-        frequencies, self._scale = _frequencies(rope, head_dim)
-        self._frequencies = frequencies.to(device)  # [head_dim / 2]
+        frequencies, self.scale = _frequencies(rope, head_dim)  # the scale is on cos and sin
+        self.frequencies = frequencies.to(device)  # [head_dim / 2], radians per token
 
     def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [rows, 1, head_dim]; the first half of sin is negated for `rotate`."""
-        angles = positions.float()[:, None] * self._frequencies  # [rows, head_dim / 2]
-        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
+        angles = positions.float()[:, None] * self.frequencies  # [rows, head_dim / 2]
+        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
         return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
 
 

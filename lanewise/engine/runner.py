@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 import torch
 
 from lanewise.config import WorkerConfig
@@ -18,14 +19,18 @@ from lanewise.engine.checkpoint import Checkpoint
 from lanewise.engine.kv_pool import KVPool, layout_of, pool_pages
 from lanewise.engine.model import Decoder, OnLayers
 from lanewise.engine.model_config import ModelConfig, read_model_config
+from lanewise.engine.native_model import NativeModel, native_variant
 from lanewise.engine.sampler import Sampled, sample
 from lanewise.engine.sequence import Sequence
 from lanewise.errors import ConfigError
+from lanewise.kernels.native import CannotBuild
 from lanewise.kernels.plan import Span
 from lanewise.kernels.select import select_attention
 from lanewise.request import Sampling
 
 __all__ = ["Engine", "Sampled", "Work"]
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -40,7 +45,12 @@ class Engine:
     """Make it with `load`."""
 
     def __init__(
-        self, model_dir: Path, model_config: ModelConfig, decoder: Decoder, pool: KVPool, fields: dict[str, str]
+        self,
+        model_dir: Path,
+        model_config: ModelConfig,
+        decoder: Decoder | NativeModel,
+        pool: KVPool,
+        fields: dict[str, str],
     ) -> None:
         self.model_dir = model_dir
         self.model_config = model_config
@@ -52,6 +62,7 @@ class Engine:
         self.max_context_tokens = model_config.max_context_tokens
         self.device = str(pool.device)
         self.memory_bytes = machine.memory_bytes(pool.device)
+        self.kernels = decoder.kernels
         self._decoder = decoder
 
     @classmethod
@@ -69,10 +80,7 @@ class Engine:
         with torch.inference_mode():
             loaded = weights.load_weights(checkpoint, model_config, dtype, device, on_progress)
             pool = _make_pool(config, model_config, max_context_tokens, checkpoint, dtype, device)
-            attention = select_attention(
-                model_config.head_dim, model_config.num_kv_heads, config.page_tokens, dtype, device
-            )
-            decoder = Decoder(model_config, loaded, attention)
+            decoder = _make_decoder(config, model_config, loaded, pool, on_progress)
         fields = weights.fingerprint_fields(checkpoint, model_config, pool.layout.dtype)
         engine = cls(directory, model_config, decoder, pool, fields)
         engine.max_context_tokens = max_context_tokens
@@ -90,22 +98,15 @@ class Engine:
         if not work:
             return []
         spans = [Span(item.seq.pages, item.seq.num_computed, item.num_new) for item in work]
-        plan = self._decoder.attention.plan(spans)
-        ids: list[int] = []
-        for index in plan.order:
-            seq, num_new = work[index].seq, work[index].num_new
-            ids += seq.ids[seq.num_computed : seq.num_computed + num_new]
-        rows = torch.tensor(ids, device=self.pool.device)
-        hidden = self._decoder.forward(rows, plan, self.pool.layers, self._synchronised(on_layers))
+        ids = [item.seq.ids[item.seq.num_computed : item.seq.num_computed + item.num_new] for item in work]
+        complete = [item.num_new == item.seq.num_uncomputed for item in work]
+        logits = self._decoder.run(spans, ids, complete, self._synchronised(on_layers))
         for item in work:
             item.seq.num_computed += item.num_new
-        complete = [(index, end - 1) for index, end in zip(plan.order, plan.ends, strict=True)]
-        complete = [(index, row) for index, row in complete if work[index].seq.num_uncomputed == 0]
         results: list[Sampled | None] = [None] * len(work)
-        if complete:
-            logits = self._decoder.logits(hidden[[row for _, row in complete]])
-            tokens = sample(logits, [work[index].seq for index, _ in complete])
-            for (index, _), token in zip(complete, tokens, strict=True):
+        if logits is not None:
+            wanted = [index for index, flag in enumerate(complete) if flag]
+            for index, token in zip(wanted, sample(logits, [work[index].seq for index in wanted]), strict=True):
                 results[index] = token
         return results
 
@@ -141,6 +142,30 @@ def _context_limit(config: WorkerConfig, model_config: ModelConfig) -> int:
     if asked > model_config.max_context_tokens:
         raise ConfigError(f"max_context_tokens {asked} exceeds the model's own {model_config.max_context_tokens}")
     return asked or model_config.max_context_tokens
+
+
+def _make_decoder(
+    config: WorkerConfig,
+    model_config: ModelConfig,
+    loaded: weights.Weights,
+    pool: KVPool,
+    on_progress: sources.Progress | None,
+) -> Decoder | NativeModel:
+    """The native kernels on a CPU where they can be had and are not declined, else torch operations."""
+    dtype = loaded.norm.dtype
+    if pool.device.type == "cpu" and config.kernels != "torch":
+        try:
+            variant = native_variant(model_config, dtype)
+        except CannotBuild as error:
+            if config.kernels == "native":
+                raise ConfigError(f"kernels: native was asked for: {error}") from error
+            log.warning("native_kernels_missing", reason=str(error), instead="torch")
+        else:
+            return NativeModel(model_config, loaded, pool.layers, variant, torch.get_num_threads(), on_progress)
+    attention = select_attention(
+        model_config.head_dim, model_config.num_kv_heads, config.page_tokens, dtype, pool.device
+    )
+    return Decoder(model_config, loaded, attention, pool.layers)
 
 
 def _make_pool(

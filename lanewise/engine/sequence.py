@@ -6,9 +6,14 @@ Must not: allocate pages (the pool does), know text, transports, clocks or torch
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from lanewise.request import FinishReason, Sampling
+
+
+def no_pages() -> array[int]:
+    return array("i")
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +32,7 @@ class Sequence:
     max_context_tokens: int | None = None  # None: only max_tokens limits it
     num_computed: int = 0  # ids[0:num_computed] have their KV in `pages`
     cached_tokens: int = 0  # of these, how many came from the prefix cache at the last attach
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=no_pages)  # C ints: kernels read them where they are
 
     @property
     def num_output(self) -> int:

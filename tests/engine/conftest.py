@@ -14,6 +14,7 @@ import torch
 from lanewise.config import WorkerConfig
 from lanewise.engine.runner import Engine, Work
 from lanewise.engine.sequence import Sequence
+from lanewise.kernels.native import CannotBuild, available
 from lanewise.request import Sampling
 
 NUM_PROMPTS = 20
@@ -151,9 +152,20 @@ def small_engine(build_model: Callable[..., tuple[Path, Any]], load: Callable[..
     return load(build_model("qwen3")[0])
 
 
-@pytest.fixture(scope="session")
-def engine(oracle: Oracle, load: Callable[..., Engine]) -> Engine:
-    return load(oracle.directory)
+@pytest.fixture(scope="session", params=["native", "torch"])
+def engine(request: pytest.FixtureRequest, oracle: Oracle, load: Callable[..., Engine]) -> Engine:
+    """The oracle's model with each set of CPU kernels: both must answer the same."""
+    if request.param == "native" and not native_kernels():
+        pytest.skip("no native kernels on this machine: the torch kernels are tested alone")
+    return load(oracle.directory, kernels=request.param)
+
+
+def native_kernels() -> bool:
+    try:
+        available()
+    except CannotBuild:
+        return False
+    return True
 
 
 class Driver:

@@ -16,8 +16,11 @@ NEAR = 0.25
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
-def test_continuations_differ_only_where_the_best_two_are_near(family, build_model, load, driver, record_property):
-    engine = load(build_model(family)[0], dtype="bfloat16")
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_continuations_differ_only_where_the_best_two_are_near(
+    family, kernels, build_model, load, driver, record_property
+):
+    engine = load(build_model(family)[0], dtype="bfloat16", kernels=kernels)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, 512, (length,), generator=generator).tolist() for length in range(5, 400, 33)]
     alone, together = driver(chunk_tokens=1000, concurrency=1, key=b"1"), driver(chunk_tokens=37, key=b"2")
@@ -38,7 +41,8 @@ def test_continuations_differ_only_where_the_best_two_are_near(family, build_mod
     tokens = sum(map(len, first))
     print(f"\n{family}: {parted} of {len(prompts)} continuations of {tokens} tokens part in bf16")
     record_property("parted", parted)
-    assert parted <= len(prompts) // 2
+    # The native kernels add in one order whatever the batch and the chunks: there not one continuation may part.
+    assert parted <= (0 if engine.kernels.startswith("native") else len(prompts) // 2)
 
 
 def test_bf16_stays_near_fp32(build_model, load, driver):

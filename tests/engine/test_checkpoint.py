@@ -75,7 +75,7 @@ def test_half_precision_checkpoints_are_converted(build_model, load, driver):
     assert all(len(output) == 16 for output in outputs(engine, driver))
     with pytest.raises(ConfigError, match="float16 on a CPU"):
         load(directory, dtype="float16")
-    wide = load(directory, dtype="float32")
+    wide = load(directory, dtype="float32", kernels="torch")
     assert wide._decoder.weights.layers[0].gate.weight.t().is_contiguous()
     rewrite(directory, lambda tensors: tensors.update({name: tensors[name].float() for name in tensors}))
     assert outputs(load(directory, dtype="float32"), driver) == outputs(wide, driver)

@@ -88,7 +88,7 @@ def test_a_pool_of_little_more_than_one_request_says_no(small_engine, load, driv
     first, second = drive.open([[1] * tokens, [2] * tokens], Sampling(max_tokens=1))
     assert engine.pool.ensure(first, tokens)
     assert not engine.pool.ensure(second, tokens)
-    assert second.pages == []
+    assert len(second.pages) == 0
     engine.pool.release(first)
     assert engine.pool.ensure(second, tokens)
     engine.pool.release(second)

@@ -130,7 +130,7 @@ def test_the_built_in_model(load, driver):
     limited = Engine.load(config, lambda *report: progress.append(report))
     assert limited.max_context_tokens == 512
     assert limited.fingerprint == engine.fingerprint
-    assert progress[-1][0] == "load"
+    assert {"load"} <= {what for what, _, _ in progress} <= {"load", "pack"}
     assert progress[-1][1] == progress[-1][2]
 
 

@@ -1,0 +1,233 @@
+// Attention of a ragged batch over paged KV, one kernel for decode rows and prompt chunks.
+//
+// Owns: the walk over KV blocks with a running softmax. Must not: write KV or know layers.
+// The query rows of all heads that share a KV head form one small matrix; KV is repacked block by block into the form
+// of packed weights, in the core's cache. Blocks are 64 tokens at absolute positions and a row's blocks are added in
+// order, so a row's result is the same bits however a prompt is cut into chunks and whatever else is in the batch.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "gemm.h"
+
+constexpr long BLOCK = 64;
+constexpr long MAX_HEAD_DIM = 256;
+constexpr long MAX_QUERY_ROWS = 96;
+
+struct Span {  // one sequence of the batch; mirrored in ../native.py
+    int64_t first_row, num_new, num_context;
+    const int32_t* pages;
+    int64_t sampled;  // whether the last row is sampled
+};
+
+struct Heads {
+    long heads, kv_heads, dim, page_tokens;
+    const void* zeros;  // one token's keys or values
+    long group() const { return heads / kv_heads; }
+    long padded() const { return (dim + PANEL - 1) / PANEL * PANEL; }
+};
+
+struct AttentionTask {  // query rows [low, high) of a span, for KV heads [kv_low, kv_high)
+    const Span* span;
+    long kv_low, kv_high, low, high;
+};
+
+template <class T>
+struct Scratch {
+    alignas(64) T query[MAX_QUERY_ROWS * MAX_HEAD_DIM];
+    alignas(64) T weights[MAX_QUERY_ROWS * BLOCK];
+    alignas(64) uint32_t keys[MAX_HEAD_DIM * BLOCK];
+    alignas(64) uint32_t values[MAX_HEAD_DIM * BLOCK];
+    alignas(64) float scores[MAX_QUERY_ROWS * BLOCK];
+    alignas(64) float out[MAX_QUERY_ROWS * MAX_HEAD_DIM];
+    float top[MAX_QUERY_ROWS], total[MAX_QUERY_ROWS];
+};
+
+#if defined(__AVX512F__)
+// Sixteen rows of sixteen units, turned.
+LW_INLINE void turn16(const uint32_t* const* rows, long offset, uint32_t* to) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i] + offset);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xDD);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88), b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xDD);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 8; i++) {
+        _mm512_storeu_si512(to + i * PANEL, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * PANEL, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xDD));
+    }
+}
+#endif
+
+// Columns [column, column + dim) of the K rows of a block as two panels of 32 keys.
+template <class T>
+void pack_keys(const T* const* rows, long column, long dim, uint32_t* to) {
+    const long units = dim / per_unit<T>, start = column / per_unit<T>;
+    const uint32_t* const* from = reinterpret_cast<const uint32_t* const*>(rows);
+    for (long first = 0; first < BLOCK; first += 16) {
+        uint32_t* panel = to + first / PANEL * units * PANEL + first % PANEL;
+        long k = 0;
+#if defined(__AVX512F__)
+        for (; k + 16 <= units; k += 16) turn16(from + first, start + k, panel + k * PANEL);
+#endif
+        for (; k < units; k++)
+            for (long c = 0; c < 16; c++) panel[k * PANEL + c] = from[first + c][start + k];
+    }
+}
+
+// The same of V rows as panels of 32 columns, reduced over keys.
+inline void pack_values(const float* const* rows, long column, long dim, uint32_t* to) {
+    for (long c = 0; c < dim; c += 16) {
+        uint32_t* panel = to + c / PANEL * BLOCK * PANEL + c % PANEL;
+        for (long t = 0; t < BLOCK; t++) store(panel + t * PANEL, load<vu>(rows[t] + column + c));
+    }
+}
+inline void pack_values(const bf16* const* rows, long column, long dim, uint32_t* to) {
+    for (long c = 0; c < dim; c += 16) {
+        uint32_t* panel = to + c / PANEL * BLOCK / 2 * PANEL + c % PANEL;
+        for (long t = 0; t < BLOCK / 2; t++) {
+            const vu even = __builtin_convertvector(load<vh>(rows[2 * t] + column + c), vu);
+            const vu odd = __builtin_convertvector(load<vh>(rows[2 * t + 1] + column + c), vu);
+            store(panel + t * PANEL, even | (odd << 16));
+        }
+    }
+}
+
+// Scores of `row` become weights; the running maximum and sum at `state` move on. Returns the factor on what was summed before.
+template <class T>
+LW_INLINE float soften(Scratch<T>& s, long row, long state, long low, long high, float scale) {
+    const float* score = s.scores + row * BLOCK;
+    vf part[4], best = splat(-INFINITY);
+    for (int i = 0; i < 4; i++) {
+        const vi at = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + 16 * i;
+        const vi seen = (at >= int32_t(low)) & (at < int32_t(high));
+        part[i] = seen ? load<vf>(score + 16 * i) * scale : splat(-INFINITY);
+        best = larger(best, part[i]);
+    }
+    const float old = s.top[state], top = std::fmax(old, largest(best));
+    if (top == -INFINITY) {  // nothing visible so far
+        std::memset(s.weights + row * BLOCK, 0, BLOCK * sizeof(T));
+        return 1;
+    }
+    vf sums = vf{};
+    for (int i = 0; i < 4; i++) {
+        const vf weight = exponential(part[i] - top);
+        sums += weight;
+        store16(s.weights + row * BLOCK + 16 * i, weight);
+    }
+    const float factor = old == top ? 1.0f : old == -INFINITY ? 0.0f : exponential(splat(old - top))[0];
+    s.top[state] = top;
+    s.total[state] = s.total[state] * factor + sum(sums);
+    return factor;
+}
+
+// Where the keys (or values) of all heads of each token of a block are; tokens past the end are zeros.
+template <class T>
+LW_INLINE void block_rows(const Span& span, const Heads& h, long block, const T* cache, const T** rows) {
+    const long tokens = span.num_context + span.num_new, width = h.kv_heads * h.dim;
+    for (long i = 0; i < BLOCK;) {
+        const long token = block * BLOCK + i;
+        const long stop = std::min(BLOCK, i + h.page_tokens);  // pages divide blocks
+        const T* first = token < tokens ? cache + span.pages[token / h.page_tokens] * h.page_tokens * width : nullptr;
+        for (long at = 0; i < stop; i++, at++)
+            rows[i] = block * BLOCK + i < tokens ? first + at * width : static_cast<const T*>(h.zeros);
+    }
+}
+
+// Asks for the rows of the heads of a task: of one head they lie too far apart for hardware prefetchers.
+template <class T>
+LW_INLINE void fetch(const AttentionTask& task, const Heads& h, const T* const* rows) {
+    for (long i = 0; i < BLOCK; i++)
+        for (long c = task.kv_low * h.dim; c < task.kv_high * h.dim; c += 64 / sizeof(T)) __builtin_prefetch(rows[i] + c);
+}
+
+// One KV head of a block; `base` is the first of its `count` rows in the scratch.
+template <class T>
+LW_INLINE void attend_head(Scratch<T>& s, const AttentionTask& task, const Heads& h, long block, long base, long count,
+                           const T* const* keys, const T* const* values, long column, long window, float scale) {
+    const long units = h.dim / per_unit<T>, start = block * BLOCK;
+    pack_keys(keys, column, h.dim, s.keys);
+    const uint32_t* query = reinterpret_cast<const uint32_t*>(s.query + base * h.dim);
+    for (long p = 0; p < 2; p++) {
+        const auto put = [&](long r, vf left, vf right) LW_INLINE_LAMBDA {
+            store(s.scores + r * BLOCK + p * PANEL, left), store(s.scores + r * BLOCK + p * PANEL + 16, right);
+        };
+        panel_rows<T>(query, units, count, s.keys + p * units * PANEL, units, put);
+    }
+    float factors[MAX_QUERY_ROWS];
+    for (long r = 0; r < count; r++) {
+        const long position = task.span->num_context + task.low + r / h.group();
+        const long first = window > 0 && position + 1 > window ? position + 1 - window : 0;
+        factors[r] = soften(s, r, base + r, first - start, position + 1 - start, scale);
+    }
+    pack_values(values, column, h.dim, s.values);
+    const uint32_t* weights = reinterpret_cast<const uint32_t*>(s.weights);
+    const long padded = h.padded(), key_units = BLOCK / per_unit<T>;
+    for (long p = 0; p < padded / PANEL; p++) {
+        const auto put = [&](long r, vf left, vf right) LW_INLINE_LAMBDA {
+            float* out = s.out + (base + r) * padded + p * PANEL;
+            store(out, fused(load<vf>(out), splat(factors[r]), left));
+            store(out + 16, fused(load<vf>(out + 16), splat(factors[r]), right));
+        };
+        panel_rows<T>(weights, key_units, count, s.values + p * key_units * PANEL, key_units, put);
+    }
+}
+
+template <class T>
+void attend_blocks(Scratch<T>& s, const AttentionTask& task, const Heads& h, const T* keys, const T* values, long window) {
+    const Span& span = *task.span;
+    const long oldest = span.num_context + task.low, newest = span.num_context + task.high - 1;
+    const long start = window > 0 && oldest + 1 > window ? (oldest + 1 - window) / BLOCK : 0, stop = newest / BLOCK + 1;
+    const long count = (task.high - task.low) * h.group();
+    const float scale = 1.0f / std::sqrt(float(h.dim));
+    const T *key_rows[2][BLOCK], *value_rows[2][BLOCK];
+    block_rows(span, h, start, keys, key_rows[start % 2]), block_rows(span, h, start, values, value_rows[start % 2]);
+    for (long block = start; block < stop; block++) {
+        const long now = block % 2, next = 1 - now;
+        if (block + 1 < stop) {
+            block_rows(span, h, block + 1, keys, key_rows[next]), block_rows(span, h, block + 1, values, value_rows[next]);
+            fetch(task, h, key_rows[next]), fetch(task, h, value_rows[next]);
+        }
+        for (long g = task.kv_low; g < task.kv_high; g++)
+            attend_head(s, task, h, block, (g - task.kv_low) * count, count, key_rows[now], value_rows[now], g * h.dim,
+                        window, scale);
+    }
+}
+
+// One task: `query` and `out` are [rows][heads][dim] of the whole batch.
+template <class T>
+void attend(const AttentionTask& task, const Heads& h, const T* query, const T* keys, const T* values, long window,
+            T* out) {
+    static thread_local std::unique_ptr<Scratch<T>> scratch(new Scratch<T>());
+    Scratch<T>& s = *scratch;
+    const long group = h.group(), count = (task.high - task.low) * group, padded = h.padded(), row_size = h.heads * h.dim;
+    const long rows = count * (task.kv_high - task.kv_low);
+    const auto place = [&](long r) {  // rows of the scratch: by KV head, query row, head of the group
+        const long row = task.span->first_row + task.low + r % count / group;
+        return row * row_size + ((task.kv_low + r / count) * group + r % group) * h.dim;
+    };
+    for (long r = 0; r < rows; r++) {
+        std::memcpy(s.query + r * h.dim, query + place(r), h.dim * sizeof(T));
+        s.top[r] = -INFINITY, s.total[r] = 0;
+    }
+    std::memset(s.out, 0, rows * padded * sizeof(float));
+    if (padded != h.dim) std::memset(s.values, 0, sizeof(s.values));
+    attend_blocks(s, task, h, keys, values, window);
+    for (long r = 0; r < rows; r++) {
+        const float inverse = 1.0f / s.total[r];
+        T* to = out + place(r);
+        for (long c = 0; c < h.dim; c += 16) store16(to + c, load<vf>(s.out + r * padded + c) * inverse);
+    }
+}

@@ -1,0 +1,29 @@
+// The C interface that native.py loads. Owns: handles. Must not: check shapes (the caller has).
+#include "decoder.h"
+
+namespace {
+struct Handle {
+    Handle(const Model& model, bool half, int threads) : pool(threads) {
+        if (half)
+            decoder = std::make_unique<DecoderOf<bf16>>(model, pool);
+        else
+            decoder = std::make_unique<DecoderOf<float>>(model, pool);
+    }
+    Pool pool;
+    std::unique_ptr<Decoder> decoder;
+};
+}  // namespace
+
+extern "C" {
+void* lw_open(const Model* model, int half, int threads) { return new Handle(*model, half != 0, threads); }
+void lw_close(void* handle) { delete static_cast<Handle*>(handle); }
+void lw_begin(void* handle, const Batch* batch) { static_cast<Handle*>(handle)->decoder->begin(*batch); }
+void lw_layers(void* handle, int64_t low, int64_t high) {
+    for (int64_t i = low; i < high; i++) static_cast<Handle*>(handle)->decoder->layer(i);
+}
+void lw_logits(void* handle, float* out) { static_cast<Handle*>(handle)->decoder->logits(out); }
+void lw_pack(const uint32_t* from, int64_t rows, int64_t units, uint32_t* to, int threads) {
+    Pool pool(threads);
+    pack(pool, from, rows, units, to);
+}
+}

@@ -1,0 +1,178 @@
+"""The native CPU decoder as Python sees it: C records, and calls that let other threads run meanwhile.
+
+Owns: loading the library, the mirror of its records (cpu/decoder.h, cpu/attention.h), packing weights.
+Must not: know checkpoints or configurations (engine/native_model.py fills the records), or be used from two threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
+
+import numpy as np
+import torch
+
+from .cpu_build import VARIANTS, CannotBuild, Variant, best_variant, cpu_flags, library
+from .plan import Span
+
+__all__ = ["CannotBuild", "Layer", "Model", "NativeDecoder", "Packer", "aligned", "available"]
+
+PANEL = 32  # outputs that are packed together
+LANES = 16  # sizes of vectors are multiples of this
+ALIGNMENT = 64  # a vector that crosses a cache line costs two reads
+
+
+Memory = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+
+
+class Layer(Structure):
+    """`Layer` of cpu/decoder.h."""
+
+    _fields_ = (
+        *[(name, c_void_p) for name in ("qkv", "output", "gate_up", "down")],
+        *[(name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")],
+        *[(name, c_void_p) for name in ("qkv_bias", "output_bias", "gate_up_bias", "down_bias")],
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("window", c_int64),
+    )
+
+
+class Model(Structure):
+    """`Model` of cpu/decoder.h."""
+
+    _fields_ = (
+        *[(name, c_int64) for name in ("hidden", "inner", "vocab", "page_tokens", "heads", "kv_heads", "head_dim")],
+        ("num_layers", c_int64),
+        ("norm_eps", c_float),
+        ("rope_scale", c_float),
+        ("frequencies", c_void_p),
+        ("embedding", c_void_p),
+        ("embedding_kind", c_int64),
+        ("head", c_void_p),
+        ("norm", c_void_p),
+        ("layers", POINTER(Layer)),
+    )
+
+
+class _Span(Structure):
+    _fields_ = (
+        *[(name, c_int64) for name in ("first_row", "num_new", "num_context")],
+        ("pages", c_void_p),
+        ("sampled", c_int64),
+    )
+
+
+class _Batch(Structure):
+    _fields_ = (("rows", c_int64), ("num_spans", c_int64), ("ids", c_void_p), ("spans", POINTER(_Span)))
+
+
+def available(asked: str = "") -> Variant:
+    """The instructions the native decoder will use, built and ready; `asked` names one. Raises CannotBuild."""
+    flags = cpu_flags()
+    variant = next((v for v in VARIANTS if v.name == asked), None) if asked else best_variant(flags)
+    if variant is None or not variant.needs <= flags:
+        raise CannotBuild(f"this CPU cannot run the native variant {asked!r}")
+    _load(variant)
+    return variant
+
+
+@functools.cache
+def _load(variant: Variant) -> ctypes.CDLL:
+    try:
+        lib = ctypes.CDLL(str(library(variant)))
+    except OSError as error:
+        raise CannotBuild(f"the native library cannot be loaded: {error}") from error
+    lib.lw_open.argtypes, lib.lw_open.restype = (POINTER(Model), c_int, c_int), c_void_p
+    lib.lw_close.argtypes, lib.lw_close.restype = (c_void_p,), None
+    lib.lw_begin.argtypes, lib.lw_begin.restype = (c_void_p, POINTER(_Batch)), None
+    lib.lw_layers.argtypes, lib.lw_layers.restype = (c_void_p, c_int64, c_int64), None
+    lib.lw_logits.argtypes, lib.lw_logits.restype = (c_void_p, c_void_p), None
+    lib.lw_pack.argtypes, lib.lw_pack.restype = (c_void_p, c_int64, c_int64, c_void_p, c_int), None
+    return lib
+
+
+def aligned(memory: Memory) -> Memory:
+    """`memory` from its first aligned byte on; it may lose up to ALIGNMENT bytes."""
+    return memory[-memory.ctypes.data % ALIGNMENT :]
+
+
+class Packer:
+    """Memory for packed weights, in large pieces: those get huge pages, and a forward pass touches all of it."""
+
+    PIECE_BYTES = 64 << 20
+
+    def __init__(self, variant: Variant, threads: int) -> None:
+        self._library = _load(variant)
+        self._threads = threads
+        self._piece: Memory = np.empty(0, dtype=np.uint8)
+        self._used = 0
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """Weight [out, in], fp32 or bf16, as panels [ceil(out / 32), units, 32] of 4 bytes; `in` fills whole units."""
+        rows, columns = weight.shape
+        units, rest = divmod(columns * weight.dtype.itemsize, 4)
+        if rest:
+            raise ValueError(f"a row of {columns} {weight.dtype} is no multiple of 4 bytes")
+        packed = self._take(-(-rows // PANEL) * units * PANEL * 4)
+        source = weight.contiguous()
+        self._library.lw_pack(source.data_ptr(), rows, units, packed.data_ptr(), self._threads)
+        return packed
+
+    def _take(self, num_bytes: int) -> torch.Tensor:
+        if self._used + num_bytes > len(self._piece):
+            self._piece = aligned(np.empty(max(num_bytes, self.PIECE_BYTES) + ALIGNMENT, dtype=np.uint8))
+            self._used = 0
+        start = self._used
+        self._used += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        return torch.from_numpy(self._piece[start : start + num_bytes])
+
+
+class NativeDecoder:
+    """A forward pass over `model`, whose memory the caller keeps alive; owns its threads."""
+
+    def __init__(self, variant: Variant, model: Model, half: bool, threads: int) -> None:
+        self._library = _load(variant)
+        self._num_layers: int = model.num_layers
+        self._vocab: int = model.vocab
+        self._handle = c_void_p(self._library.lw_open(byref(model), int(half), threads))
+
+    def __del__(self) -> None:
+        if handle := getattr(self, "_handle", None):
+            self._library.lw_close(handle)
+
+    def begin(self, ids: Sequence[int], spans: Sequence[Span], sampled: Sequence[bool]) -> None:
+        """Embeds `ids`, the new tokens of all spans one after the other; `sampled` says whose next token is wanted."""
+        records = (_Span * len(spans))()
+        kept = []  # what the records point to, until the pass is over
+        row = 0
+        for record, span, wanted in zip(records, spans, sampled, strict=True):
+            pages = _table(span.pages)
+            kept.append(pages)
+            record.first_row, record.num_new, record.num_context = row, span.num_new, span.num_context
+            record.pages, record.sampled = pages.buffer_info()[0], wanted
+            row += span.num_new
+        rows = array("q", ids)
+        if row != len(rows):
+            raise ValueError(f"{len(rows)} ids for {row} rows")
+        self._kept = (kept, records)
+        batch = _Batch(row, len(spans), rows.buffer_info()[0], records)
+        self._library.lw_begin(self._handle, byref(batch))
+
+    def layers(self, low: int, high: int) -> None:
+        """Runs these layers; their KV is then in the pages."""
+        self._library.lw_layers(self._handle, low, high)
+
+    def logits(self, count: int) -> torch.Tensor:
+        """[count, vocab] in fp32 for the sampled spans in their order."""
+        out = torch.from_numpy(np.empty((count, self._vocab), dtype=np.float32))
+        self._library.lw_logits(self._handle, out.data_ptr())
+        return out
+
+
+def _table(pages: Sequence[int]) -> array[int]:
+    """Page numbers as C reads them: no copy of what already is an array."""
+    return pages if isinstance(pages, array) and pages.typecode == "i" else array("i", pages)
