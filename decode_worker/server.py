@@ -21,6 +21,7 @@ from lanewise.rpc.outbox import Outbox
 from lanewise.rpc.process import die, serve_worker, worker_facts
 from lanewise.telemetry import setup_logging
 from lanewise.transfer.faults import Faults
+from lanewise.transfer.keys import Security
 from lanewise.transfer.receiver import Receiver
 from lanewise.transfer.records import Endpoint, ReceiverEvent
 
@@ -36,6 +37,7 @@ def main() -> None:
 
 async def _serve(config: WorkerConfig) -> None:
     faults = Faults.from_env(os.environ, (config.listen, config.kv_listen), config.name)
+    security = Security.of(config.encryption, config.secret_dir)
     engine = Engine.load(config)  # before anything listens: nothing can ask for a model that is not there
     engine.warm_up()
     incarnation = str(uuid.uuid4())
@@ -46,7 +48,15 @@ async def _serve(config: WorkerConfig) -> None:
     def on_event(event: ReceiverEvent) -> None:
         started[0].on_transfer(event)
 
-    receiver = Receiver(endpoint, engine.pool, on_event, faults, listen=config.kv_listen)
+    receiver = Receiver(
+        endpoint,
+        engine.pool,
+        on_event,
+        faults,
+        listen=config.kv_listen,
+        data_listen=config.kv_data_listen,
+        security=security,
+    )
     facts = worker_facts(
         config,
         Role.DECODE,

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("lanewise.bench.command:bench", "measure an OpenAI or Lanewise endpoint"),
     "sim": ("lanewise.sim.cli:main", "replay a trace under one or several policies"),
     "plan": ("lanewise.sim.plan:main", "find the cheapest cluster that holds an SLO on a trace"),
+    "keys": ("lanewise.local.keys:keys", "make and rotate the keys between the workers of a service"),
     "chaos": ("lanewise.chaos.command:chaos", "break a local service on purpose and check every answer"),
     "manifests": ("lanewise.operator.manifests:main", "print what the operator would apply for a file"),
     "check": ("lanewise.cli:check", "check an LLMService or ScalingPolicy file"),

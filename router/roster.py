@@ -41,8 +41,10 @@ class Listener(Work, Protocol):
 
 
 class Roster:
-    def __init__(self, router: str, timing: Timing, catalog: Catalog) -> None:
+    def __init__(self, router: str, timing: Timing, catalog: Catalog, tls_dir: str = "") -> None:
+        """`tls_dir`: certificates for the channels to workers; empty: channels without TLS."""
         self._router = router
+        self._tls_dir = tls_dir
         self._timing = timing
         self._catalog = catalog
         self._listener: Listener | None = None
@@ -153,7 +155,7 @@ class Roster:
         quiet = False  # an absent worker is logged once, not at every attempt
         while address in self._view:
             assert self._listener is not None  # listen() comes before run()
-            session = Session(address, self._router, self._timing, self._catalog, self, self._listener)
+            session = Session(address, self._router, self._timing, self._catalog, self, self._listener, self._tls_dir)
             started = time.monotonic()
             reason = STOPPING
             try:

@@ -25,19 +25,11 @@ from lanewise.router.readiness import why_not
 from lanewise.rpc import convert
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
+from lanewise.rpc.tls import open_channel
 
 PROTOCOL = 1
 CONNECT_S = 5.0
 TOKENIZER_S = 60.0
-MESSAGE_BYTES = 256 * 1024 * 1024  # a tokenizer, or the cache snapshot of a large worker
-
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MESSAGE_BYTES),
-    # Each session connects afresh: gRPC's shared subchannels would make a restarted worker wait out their back-off.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_retries", 0),
-)
 
 Key = tuple[str, int]
 
@@ -75,8 +67,11 @@ class SessionEnded(Exception):
 
 
 class Session:
-    def __init__(self, address: str, router: str, timing: Timing, catalog: Catalog, owner: Owner, work: Work) -> None:
+    def __init__(
+        self, address: str, router: str, timing: Timing, catalog: Catalog, owner: Owner, work: Work, tls_dir: str = ""
+    ) -> None:
         self.address = address
+        self._tls_dir = tls_dir
         self.identity: WorkerIdentity | None = None  # set once welcomed
         self.description = pb.Description()
         self.wire_stats = pb.Stats()
@@ -149,7 +144,7 @@ class Session:
 
     async def run(self) -> str:
         """Connect and serve until the session is over. Returns why; only cancellation is raised."""
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        async with open_channel(self.address, self._tls_dir) as channel:
             # grpcio's stub classes carry no types for their async form.
             stub: Any = pb_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
             try:

@@ -49,7 +49,8 @@ def up(argv: Sequence[str]) -> int:
     options.http, options.grpc = (_with_port(address, ports) for address in (options.http, options.grpc))
     _check_free(service.metadata.name, options)
     _check_auth(service, options.http, options.grpc)
-    wanted = Options(http=options.http, grpc=options.grpc, log_level=options.log_level)
+    secret_dir = os.environ.get("LANEWISE_SECRET_DIR", "")
+    wanted = Options(http=options.http, grpc=options.grpc, log_level=options.log_level, secret_dir=secret_dir)
     decided = plan(service, machine.look(), ports, wanted)
     try:
         state.state_dir().mkdir(parents=True, exist_ok=True, mode=0o700)

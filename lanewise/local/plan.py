@@ -59,6 +59,7 @@ class Options:
     http: str
     grpc: str
     log_level: str = "info"
+    secret_dir: str = ""  # the keys of the service; empty: there are none, and nothing is encrypted
 
 
 def plan(service: LLMService, machine: Machine, ports: Iterator[int], options: Options) -> ServicePlan:
@@ -73,7 +74,7 @@ def plan(service: LLMService, machine: Machine, ports: Iterator[int], options: O
         number = index if role == "prefill" else index - num_prefill
         address = f"127.0.0.1:{next(ports)}"
         kv_address = f"tcp://127.0.0.1:{next(ports)}" if role == "decode" else ""
-        flags = [*_worker_flags(service, role, share), "--listen", address]
+        flags = [*_worker_flags(service, role, share), *_key_flags(service, options), "--listen", address]
         flags += ["--kv-listen", kv_address] if kv_address else []
         workers.append(_process(f"{role}-{number}", role, tuple(flags), options, share, address, kv_address))
     router_flags = (
@@ -82,6 +83,7 @@ def plan(service: LLMService, machine: Machine, ports: Iterator[int], options: O
         *("--disaggregation", spec.disaggregation if num_prefill else "Never"),
         *("--ttft-target-s", f"{spec.slo.ttft.seconds:g}", "--tpot-target-s", f"{spec.slo.tpot.seconds:g}"),
         *("--drain-max-s", f"{spec.drain.max.seconds:g}"),
+        *(("--worker-tls-dir", options.secret_dir) if _key_flags(service, options) else ()),
     )
     router = _process("router", "router", router_flags, options, _Share((), 1, None, 1), options.grpc, "")
     return ServicePlan(
@@ -92,7 +94,7 @@ def plan(service: LLMService, machine: Machine, ports: Iterator[int], options: O
         grpc=options.grpc,
         startup_timeout_s=spec.startup_timeout.seconds,
         processes=(*workers, router),
-        notes=tuple(_notes(service, num_prefill)),
+        notes=tuple(_notes(service, num_prefill, options)),
     )
 
 
@@ -175,11 +177,21 @@ def _refuse_unsupported(service: LLMService) -> None:
             raise ConfigError(f"spec.{role}.tensorParallel: expected 1 with `lanewise up`, got {degree}")
 
 
-def _notes(service: LLMService, num_prefill: int) -> Iterator[str]:
+def _key_flags(service: LLMService, options: Options) -> tuple[str, ...]:
+    encryption = service.spec.transfer.encryption
+    if encryption == "None" or not options.secret_dir:
+        return ()
+    return ("--encryption", encryption, "--secret-dir", options.secret_dir)
+
+
+def _notes(service: LLMService, num_prefill: int, options: Options) -> Iterator[str]:
     spec = service.spec
     if num_prefill == 0 and (spec.prefill.replicas or 0) > 0:
         yield f"combined: the decode worker prefills too (disaggregation {spec.disaggregation} on this machine)"
     if spec.router.tls is not None:
         yield "spec.router.tls names a Kubernetes Secret; this local service speaks plain HTTP and gRPC"
-    if spec.transfer.encryption != "None":
-        yield "spec.transfer.encryption needs a Kubernetes Secret; local workers talk over loopback unencrypted"
+    if spec.transfer.encryption != "None" and not options.secret_dir:
+        yield (
+            f"spec.transfer.encryption {spec.transfer.encryption} needs LANEWISE_SECRET_DIR, a folder from "
+            "`lanewise keys make`; without it local workers talk over loopback unencrypted"
+        )

@@ -28,6 +28,7 @@ from lanewise.rpc.drain import Drain
 from lanewise.rpc.engine_metrics import serve_metrics
 from lanewise.rpc.outbox import Outbox
 from lanewise.rpc.serve import Backend, TokenizerFiles, WorkerService
+from lanewise.rpc.tls import server_credentials
 from lanewise.rpc.tokenizer_files import read_tokenizer_files
 
 SERVICE = "lanewise.v1.Worker"
@@ -126,7 +127,7 @@ async def serve_worker(config: WorkerConfig, facts: WorkerFacts, build: Callable
             ("grpc.so_reuseport", 0),
         ]
     )
-    identity = replace(facts.identity, address=_bind(server, config.listen))
+    identity = replace(facts.identity, address=_bind(server, config))
     service = WorkerService(
         identity, facts.tokenizer, memory_bytes=facts.memory_bytes, session_idle_s=config.session_idle_s
     )
@@ -140,6 +141,7 @@ async def serve_worker(config: WorkerConfig, facts: WorkerFacts, build: Callable
     names = (pb.DESCRIPTOR.services_by_name["Worker"].full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     metrics = serve_metrics(config.metrics, identity, service)
+    probes = await _serve_probes(config, checks)
     backend.start()
     await server.start()
     for name in ("", SERVICE):
@@ -154,6 +156,7 @@ async def serve_worker(config: WorkerConfig, facts: WorkerFacts, build: Callable
     finally:
         repeater.cancel()
         metrics()
+        await probes.stop(grace=None)
         await server.stop(grace=FLUSH_S)
         if not await asyncio.to_thread(backend.stop, 10.0):
             log.error("engine_thread_did_not_stop")
@@ -161,10 +164,27 @@ async def serve_worker(config: WorkerConfig, facts: WorkerFacts, build: Callable
     log.info("stopped")
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> str:
+async def _serve_probes(config: WorkerConfig, checks: health.aio.HealthServicer) -> grpc.aio.Server:
+    """Health checks again, without TLS, where that is asked for: a kubelet has no certificate to show."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    if config.health_listen:
+        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+        try:
+            server.add_insecure_port(config.health_listen)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {config.health_listen}: {error}") from error
+        await server.start()
+    return server
+
+
+def _bind(server: grpc.aio.Server, config: WorkerConfig) -> str:
+    listen = config.listen
     host, _, _ = listen.rpartition(":")
     try:
-        port = server.add_insecure_port(listen)
+        if config.encryption == "None":
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, server_credentials(config.secret_dir))
     except RuntimeError as error:
         raise ConfigError(f"cannot listen on {listen}: {error}") from error
     return f"{host}:{port}"
