@@ -207,7 +207,9 @@ class Router:
         await self._set_health(NOT_SERVING)
         self._http.drain()
         # Tells gRPC clients to open their next call on another connection, which a Service leads to another router.
-        going = asyncio.create_task(self._server.stop(grace=self._config.drain_max_s + FLUSH_S))
+        self._going: asyncio.Task[None] = asyncio.create_task(
+            self._server.stop(grace=self._config.drain_max_s + FLUSH_S)
+        )
         log.info("draining", running=self.dispatcher.num_running, max_s=self._config.drain_max_s)
         waiters = [asyncio.create_task(event.wait()) for event in (self.dispatcher.idle, hurry) if event is not None]
         await asyncio.wait(waiters, timeout=self._config.drain_max_s, return_when=asyncio.FIRST_COMPLETED)
@@ -215,8 +217,6 @@ class Router:
             waiter.cancel()
         left = LanewiseError(ErrorCode.DRAINING, "this router stopped before the request was complete")
         self.dispatcher.end_all(left)
-        await asyncio.wait((going,), timeout=FLUSH_S)
-        going.cancel()
 
     async def stop(self) -> None:
         await self._http.stop(FLUSH_S)

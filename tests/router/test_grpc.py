@@ -204,9 +204,11 @@ class TestOthers:
     async def test_health_follows_readiness(self, made: Rig, channel: grpc.aio.Channel) -> None:
         stub = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service="lanewise.v1.Inference")
-        assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+        watch = stub.Watch(request)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         await made.router.drain()
-        assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watch.cancel()
 
     async def test_reflection(self, channel: grpc.aio.Channel) -> None:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
