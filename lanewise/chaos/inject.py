@@ -75,6 +75,7 @@ class Injector:
         self._lethal = deque(kind for kind in wanted if kind in LETHAL)
         self._others = deque(kind for kind in wanted if kind not in LETHAL)
         self._left = len(wanted)
+        self._lethal_count, self._other_count = len(self._lethal), len(self._others)
         self.unreachable: list[str] = []
 
     @property
@@ -104,6 +105,9 @@ class Injector:
         role = process.partition("-")[0]
         tries = 0
         while self._others:
+            if self._ahead:
+                await asyncio.sleep(POLL_S)
+                continue
             kind = self._others.popleft()
             if kind == "misbind" and role == "decode":
                 self._others.append(kind)
@@ -115,6 +119,14 @@ class Injector:
                 self._others.append(kind)
             elif hit is None:
                 self._abandon(kind)
+
+    @property
+    def _ahead(self) -> bool:
+        """Deaths take longest: the others are spread over the campaign, not heaped on the requests of its start."""
+        if not self._lethal:
+            return False
+        to_come = len(self._lethal) / self._lethal_count
+        return len(self._others) < (to_come - 1 / self._lethal_count) * self._other_count
 
     def _draw(self, kind: str, processes: tuple[str, ...]) -> Fault:
         self._drawn += 1

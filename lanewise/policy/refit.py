@@ -61,6 +61,7 @@ class CostFit:
             self._paused = True
             return
         self._paused = False
+        error = min(error, log(PAUSE_FACTOR))
         if self._batches >= WARM_BATCHES:
             error = max(-log(OUTLIER), min(error, log(OUTLIER)))
         slope = [value / predicted for value in slope]
