@@ -59,6 +59,10 @@ class Watcher:
         self._thread = threading.Thread(target=self._run, name="kopf", daemon=True)
         self._thread.start()
 
+    def abandon(self) -> None:
+        """Hears nothing more; the thread ends in its own time, or with the process."""
+        self._stop.set()
+
     async def stop(self) -> None:
         """Returns when the watches are closed, or after STOP_S."""
         self._stop.set()
@@ -96,6 +100,8 @@ class Watcher:
     def _handler(self, name: str, kind: Kind) -> Callable[..., Any]:
         def on_event(event: dict[str, Any], **_: Any) -> None:
             body = {"apiVersion": kind.api, "kind": name, **event["object"]}
+            if self._stop.is_set():
+                return  # nobody listens any more
             deleted, initial = event["type"] == "DELETED", event["type"] is None
             self._loop.call_soon_threadsafe(self._sink, name, body, deleted, initial)
 

@@ -90,6 +90,7 @@ async def _fetch(options: argparse.Namespace) -> list[dict[str, Any]]:
     except kubeconfig.ConfigException as error:
         raise ConfigError(str(error)) from error
     namespace = options.namespace or active.get("context", {}).get("namespace") or "default"
+    answer: Any
     async with ApiClient(loaded) as client, asyncio.timeout(30):
         api = CustomObjectsApi(client)
         try:

@@ -25,12 +25,13 @@ from lanewise.errors import ConfigError
 from lanewise.operator.cluster import Cluster
 from lanewise.operator.fleet import FleetClient
 from lanewise.operator.handlers import Watcher
-from lanewise.operator.kinds import Kind
+from lanewise.operator.kinds import KINDS, Kind
 from lanewise.operator.leader import Elector, LeaseTimes, LostLease
 from lanewise.operator.observed import Key, Store
 from lanewise.operator.queue import WorkQueue
 from lanewise.operator.reconcile import Reconciler
 from lanewise.operator.runtime import own_runtime
+from lanewise.operator.scaling_loop import scale
 from lanewise.operator.scope import Scope
 from lanewise.operator.web import Web
 from lanewise.telemetry import Metrics, setup_logging
@@ -70,9 +71,9 @@ class Leading:
     """By watched extra kind: called with (body, deleted) for each event."""
 
 
-EXTRA_KINDS: dict[str, Kind] = {}
+EXTRA_KINDS: dict[str, Kind] = {"ScalingPolicy": KINDS["ScalingPolicy"]}
 """Further kinds to watch, by kind. Events go to `Leading.sinks`."""
-LEADER_TASKS: list[Callable[[Leading], Awaitable[None]]] = []
+LEADER_TASKS: list[Callable[[Leading], Awaitable[None]]] = [scale]
 """Run as tasks while this process leads, and cancelled when it stops. They write through `Leading.cluster` only."""
 
 
@@ -136,6 +137,7 @@ class Operator:
         try:
             await asyncio.wait({*tasks, stop}, return_when=asyncio.FIRST_COMPLETED)
             if not stop.done():
+                watcher.abandon()
                 return self._fall(next(task for task in tasks if task.done()))
             log.info("stopping")
             await watcher.stop()

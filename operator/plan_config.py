@@ -67,12 +67,15 @@ def _router(service: LLMService, context: PlanContext) -> dict[str, Any]:
         "grpc": f"0.0.0.0:{names.GRPC_PORT}",
         "discovery": "kubernetes",
         "worker_services": [f"{context.namespace}/{name}-{role}" for role in names.WORKERS],
+        "peer_routers": f"{context.namespace}/{name}-routers",
         "disaggregation": "Never" if spec.prefill.replicas == 0 else spec.disaggregation,
         "served_name": spec.model.name,
         "ttft_target_s": spec.slo.ttft.seconds,
         "tpot_target_s": spec.slo.tpot.seconds,
         "drain_max_s": spec.drain.max.seconds,
     }
+    if spec.lanes.short_max_tokens is not None:
+        fields["short_max_tokens"] = spec.lanes.short_max_tokens
     if spec.router.auth is not None:
         fields["api_keys_file"] = f"{KEYS_DIR}/api-keys"
     return fields
