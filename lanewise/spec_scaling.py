@@ -6,12 +6,12 @@ Must not: decide anything about scale (policy/scaling.py does).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from lanewise.spec_model import EachRule, Metadata, Model, Rule
-from lanewise.spec_status import Condition
+from lanewise.spec_status import MAX_MESSAGE, Condition
 from lanewise.spec_types import CRON, Duration, PositiveDuration, ServiceName
 
 
@@ -180,13 +180,33 @@ class ScalingPolicy(Model):
     status: dict[str, Any] | None = Field(default=None, description="written by the operator, ignored everywhere else")
 
 
+class ScalingDecision(Model):
+    """One decision: what was seen, what that needs, what was done."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    prefill: int = Field(ge=0, description="prefill workers asked for")
+    decode: int = Field(ge=0, description="decode workers asked for")
+    inputs: str = Field(default="", max_length=1024, description="the numbers it rests on")
+    requirement: str = Field(default="", max_length=256, description="what they need, before any rule")
+    reason: str = Field(default="", max_length=MAX_MESSAGE, description="inputs, requirement and decision in words")
+
+
 class ScalingPolicyStatus(Model):
     """What was observed: `Active` is False where another policy or autoscaler owns the counts."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     observed_generation: int = Field(default=0, description="generation of the spec that was last looked at")
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
-        description="observations by type",
+        description="observations by type: Active, Limited, ScaleBlocked",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
+    current: ScalingDecision | None = Field(default=None, description="the newest decision")
+    history: list[ScalingDecision] = Field(
+        default_factory=list, max_length=10, description="the last decisions that changed a count, newest first"
+    )
+    summary: Annotated[str, Field(max_length=32, description="prefill+decode")] = ""

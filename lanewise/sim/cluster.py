@@ -143,9 +143,7 @@ class Cluster:
     def _route(self, request: Request) -> None:
         config, now = self.config, self.loop.now
         cached = self._cached(request)
-        fleet = FleetSnapshot(
-            tuple([item.view() for item in self.prefill]), tuple([item.view() for item in self.decode])
-        )
+        fleet = self._fleet()
         cuts: tuple[int, ...] = ()
         if self._buckets is not None:
             uncached = request.prompt_tokens - max(cached.values(), default=0)
@@ -178,6 +176,12 @@ class Cluster:
         instance = self._prefill_index[pair.prefill]
         track.prefill, track.cached = instance.index, cached.get(pair.prefill, 0)
         instance.submit(track, config.ttft_target_s)
+
+    def _fleet(self) -> FleetSnapshot:
+        """What the router may choose from."""
+        return FleetSnapshot(
+            tuple([item.view() for item in self.prefill]), tuple([item.view() for item in self.decode])
+        )
 
     def _lane_of(self, request: Request, cached: dict[str, int]) -> Lane:
         if self._lanes is None or len(self.prefill) < 2:

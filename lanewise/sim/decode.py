@@ -79,6 +79,10 @@ class DecodeInstance:
         )
         return WorkerView(self._identity, stats, True)
 
+    def produced(self) -> int:
+        """Output tokens so far of the sequences that decode now."""
+        return sum(s.track.received + self._step - s.admitted_step for s in self._running.values())
+
     def deliver(self, track: Track) -> None:
         """KV and first token are here: decode from the next step border on."""
         self._waiting.append(track)

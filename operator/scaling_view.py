@@ -1,0 +1,215 @@
+"""From what the cluster and the routers say to one observation of a service, and to who may scale it.
+
+Owns: counting pods, sums of routers, conflicts between writers. Pure. Must not: call anything or decide counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from statistics import median
+from typing import Any
+
+from lanewise.operator import names
+from lanewise.operator.observed import Known
+from lanewise.policy.cost import CostModel
+from lanewise.policy.scaling_types import Demand, Observation, RoleView
+
+Manifest = Mapping[str, Any]
+
+START_S = 60.0  # until pods have shown how long they take
+START_BOUNDS_S = (5.0, 1800.0)
+CORRECTION_BOUNDS = (0.5, 2.0)
+GPU_SUFFIX = "/gpu"  # nvidia.com/gpu, amd.com/gpu
+FIELDS = tuple(item.name for item in fields(Demand) if item.name != "seconds")
+
+
+@dataclass(slots=True)
+class Memory:
+    """What is kept of a service between looks, beside the policy's own state."""
+
+    totals: dict[str, Demand] = field(default_factory=dict)  # of each router, when it was last asked
+    asked_at: float | None = None
+    costs: dict[str, CostModel] = field(default_factory=dict)  # by role, while no worker is up to say it
+    capacity: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Why a policy may not write: another writer has the counts."""
+
+    message: str
+
+
+# ---------------------------------------------------------------- who writes
+
+
+def conflict(
+    policy: Manifest, policies: Sequence[Manifest], hpas: Sequence[Manifest], service: Manifest
+) -> Conflict | None:
+    """None where this policy is the one writer of both roles."""
+    name, target = policy["metadata"]["name"], policy["spec"]["targetRef"]["name"]
+    rivals = [item for item in policies if item["spec"]["targetRef"]["name"] == target]
+    oldest = min(rivals, key=_age)
+    if oldest["metadata"]["name"] != name:
+        return Conflict(f"ScalingPolicy {oldest['metadata']['name']} is older and scales LLMService {target}")
+    for role in names.WORKERS:
+        replicas = service["spec"].get(role, {}).get("replicas")
+        if replicas is not None:
+            return Conflict(
+                f"LLMService {target} sets spec.{role}.replicas ({replicas}); ScalingPolicy {name} scales it only when "
+                "replicas of both roles are omitted"
+            )
+    deployments = {f"{target}-{role}" for role in names.WORKERS}
+    for hpa in hpas:
+        ref = hpa["spec"].get("scaleTargetRef", {})
+        if ref.get("kind") == "Deployment" and ref.get("name") in deployments:
+            return Conflict(
+                f"HorizontalPodAutoscaler {hpa['metadata']['name']} and ScalingPolicy {name} both scale Deployment "
+                f"{ref['name']}; remove one"
+            )
+    return None
+
+
+def _age(policy: Manifest) -> tuple[str, str]:
+    return str(policy["metadata"].get("creationTimestamp", "")), str(policy["metadata"]["name"])
+
+
+# ---------------------------------------------------------------- what is there
+
+
+def observe(
+    known: Known, service: str, replies: Sequence[Any], asked: int, memory: Memory, at_s: float, now: datetime
+) -> Observation:
+    """One observation; `memory` is brought up to date. `at_s`: seconds of UTC. `now`: the same, aware."""
+    demand = _demand(replies, asked, memory, at_s)
+    workers = _newest(replies)
+    pods = known.of("Pod")
+    roles = {}
+    for role in names.WORKERS:
+        stats = [item.stats for item in workers if item.description.role == role]
+        _learn(role, stats, memory)
+        deployment = known.child("Deployment", f"{service}-{role}")
+        mine = [pod for pod in pods if pod["metadata"].get("labels", {}).get(names.COMPONENT_LABEL) == role]
+        roles[role] = _role(role, deployment, mine, stats, memory, now)
+    prefill = [item.stats for item in workers if item.description.role == "prefill"]
+    decode = [item.stats for item in workers if item.description.role == "decode"]
+    return Observation(
+        at_s,
+        demand,
+        roles["prefill"],
+        roles["decode"],
+        queued_tokens=float(sum(stats.queued_tokens for stats in prefill)),
+        running=float(sum(stats.running_requests for stats in decode)),
+        held=sum(reply.held for reply in replies),
+        start_s=start_s(pods),
+    )
+
+
+def _demand(replies: Sequence[Any], asked: int, memory: Memory, at_s: float) -> Demand:
+    """What came since the last look. Where some routers did not answer, those that did stand for them."""
+    seconds = at_s - memory.asked_at if memory.asked_at is not None else 0.0
+    if not replies:
+        return Demand()
+    found = Demand()
+    for reply in replies:
+        total = Demand(**{name: getattr(reply.demand, name) for name in FIELDS})
+        before = memory.totals.get(reply.router)
+        memory.totals[reply.router] = total
+        if before is not None and seconds > 0:
+            found += total.since(before, 0.0)
+    present = {reply.router for reply in replies}
+    if len(replies) >= asked:
+        memory.totals = {router: total for router, total in memory.totals.items() if router in present}
+    memory.asked_at = at_s
+    share = asked / len(replies) if asked > len(replies) else 1.0
+    return Demand(**{name: getattr(found, name) * share for name in FIELDS} | {"seconds": max(seconds, 0.0)})
+
+
+def _newest(replies: Sequence[Any]) -> list[Any]:
+    """FleetWorker by incarnation, the newest word of each."""
+    newest: dict[str, Any] = {}
+    for item in (worker for reply in replies for worker in reply.workers):
+        known = newest.get(item.description.incarnation)
+        if known is None or item.stats_age_s < known.stats_age_s:
+            newest[item.description.incarnation] = item
+    return [newest[key] for key in sorted(newest)]
+
+
+def _learn(role: str, stats: Sequence[Any], memory: Memory) -> None:
+    costs = [item.cost for item in stats if item.cost]
+    if costs:
+        memory.costs[role] = CostModel.from_mapping(dict(costs[0]))
+    if role == "decode":
+        memory.capacity = max((int(item.kv_capacity_tokens) for item in stats), default=memory.capacity)
+
+
+def _role(
+    role: str,
+    deployment: Manifest | None,
+    pods: Sequence[Manifest],
+    stats: Sequence[Any],
+    memory: Memory,
+    now: datetime,
+) -> RoleView:
+    desired = int(deployment["spec"].get("replicas", 1)) if deployment is not None else 0
+    alive = [pod for pod in pods if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")]
+    staying = [pod for pod in alive if "deletionTimestamp" not in pod["metadata"]]
+    pending = [pod for pod in staying if pod.get("status", {}).get("phase", "Pending") == "Pending"]
+    ages = [(now - _time(pod["metadata"]["creationTimestamp"])).total_seconds() for pod in pending]
+    cost = memory.costs.get(role) or memory.costs.get("decode") or CostModel()
+    return RoleView(
+        desired=desired,
+        ready=sum(_ready_at(pod) is not None for pod in staying),
+        pending=len(pending),
+        pending_s=max(ages, default=0.0),
+        terminating=max(len(alive) - desired, 0),  # whatever is there beyond what is asked for still holds its GPUs
+        cost=cost,
+        kv_capacity_tokens=memory.capacity,
+        gpus=gpus_of(deployment),
+        watts=max((float(item.counters.get("gpu_watts", 0)) for item in stats), default=0.0),
+        correction=_correction(stats, cost) if role == "decode" else 1.0,
+    )
+
+
+def gpus_of(deployment: Manifest | None) -> int:
+    """GPUs that one pod of this Deployment asks for."""
+    if deployment is None:
+        return 0
+    containers = deployment["spec"].get("template", {}).get("spec", {}).get("containers", [])
+    limits = (container.get("resources", {}).get("limits", {}) for container in containers)
+    return sum(int(count) for limit in limits for name, count in limit.items() if name.endswith(GPU_SUFFIX))
+
+
+def _correction(stats: Sequence[Any], cost: CostModel) -> float:
+    """Measured over expected step time of the decode workers that are at work."""
+    ratios = [
+        item.decode_step_s / cost.decode(item.running_requests, item.running_context_tokens)
+        for item in stats
+        if item.running_requests and item.decode_step_s > 0
+    ]
+    low, high = CORRECTION_BOUNDS
+    return min(max(median(ratios), low), high) if ratios else 1.0
+
+
+def start_s(pods: Sequence[Manifest]) -> float:
+    """From a pod's creation to its readiness, as the workers that run have shown it (the slower half of them)."""
+    took = []
+    for pod in pods:
+        ready = _ready_at(pod)
+        if ready is not None and pod["metadata"].get("labels", {}).get(names.COMPONENT_LABEL) in names.WORKERS:
+            took.append((ready - _time(pod["metadata"]["creationTimestamp"])).total_seconds())
+    low, high = START_BOUNDS_S
+    return min(max(median(took), low), high) if took else START_S
+
+
+def _ready_at(pod: Manifest) -> datetime | None:
+    for condition in pod.get("status", {}).get("conditions", []):
+        if condition["type"] == "Ready" and condition["status"] == "True":
+            return _time(condition.get("lastTransitionTime") or pod["metadata"]["creationTimestamp"])
+    return None
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
