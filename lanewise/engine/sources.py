@@ -16,6 +16,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is going on, units done, units in all); the last may grow while files are being listed."""
 
 BUILTIN = "builtin://"
+PARTIAL = ".lanewise-partial"  # in a folder that hub_files.py has not completed
 HUB = "hf://"
 HUB_PATTERNS = (
     "model*.safetensors",  # not consolidated.safetensors, the same weights once more
@@ -52,6 +53,8 @@ def resolve(uri: str, revision: str = "main", on_progress: Progress | None = Non
 def _checked(directory: Path, uri: str) -> Path:
     if not directory.is_dir():
         raise ConfigError(f"{uri}: {directory} is not a directory")
+    if (directory / PARTIAL).exists():
+        raise ConfigError(f"{uri}: {directory} is not downloaded completely yet")
     if not (directory / "config.json").is_file():
         raise ConfigError(f"{uri}: {directory} has no config.json, so it is not a Hugging Face model directory")
     return directory.resolve()
