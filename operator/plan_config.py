@@ -19,6 +19,7 @@ from lanewise.spec import LLMService
 from lanewise.spec_types import Quantity
 
 MODELS_DIR = "/models"
+LONGEST_HOLD_S = 600.0
 KEYS_DIR = "/etc/lanewise-keys"
 
 
@@ -74,6 +75,9 @@ def _router(service: LLMService, context: PlanContext) -> dict[str, Any]:
         "tpot_target_s": spec.slo.tpot.seconds,
         "drain_max_s": spec.drain.max.seconds,
     }
+    if spec.prefill.replicas is None and spec.decode.replicas is None:
+        # Somebody else counts the workers, and may take them to zero: then requests wait as long as they can.
+        fields["hold_timeout_s"] = LONGEST_HOLD_S
     if spec.lanes.short_max_tokens is not None:
         fields["short_max_tokens"] = spec.lanes.short_max_tokens
     if spec.router.auth is not None:
