@@ -7,7 +7,9 @@ Must not: reconcile. kopf runs in a thread of its own, since it cancels every ta
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -95,7 +97,14 @@ class Watcher:
         """As cluster.py: the kubeconfig of the configuration, else the pod's service account."""
         if self._config.kubeconfig:
             return login_with_file(self._config.kubeconfig)
-        return kopf.login_with_service_account(**kwargs)
+        found = kopf.login_with_service_account(**kwargs)
+        host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+        # By address, not by kopf's name for it: an operator works while the cluster's DNS does not.
+        if not found or not host:
+            return found
+        return dataclasses.replace(
+            found, server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+        )
 
     def _handler(self, name: str, kind: Kind) -> Callable[..., Any]:
         def on_event(event: dict[str, Any], **_: Any) -> None:

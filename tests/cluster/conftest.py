@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.kube import debian, gobuild, lifecycle
+from tests.cluster.kube import contents, debian, gobuild, lifecycle
 from tests.cluster.kube.chart import Chart, install
 from tests.cluster.kube.cluster import Cluster, Images, NotOurs
 from tests.cluster.kube.requirements import why_not
@@ -57,9 +57,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(scope="session")
 def programs() -> None:
-    """The programs of a cluster, built if they are missing (`make test-cluster` has done so before)."""
+    """Programs and image layers of a cluster, made if they are missing (`make test-cluster` has done so before)."""
     debian.install()
     gobuild.build()
+    contents.prepare()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The harness as a tool: `python -m tests.cluster.kube build | up | down | list`.
+"""The harness as a tool: `python -m tests.cluster.kube build | up | load | down | list`.
 
 Owns: the commands behind `make cluster` and `make cluster-down`. Must not: hold anything that tests need.
 """
@@ -26,6 +26,9 @@ def main() -> int:
     up.add_argument("--bare", action="store_true", help="without the operator")
     down = commands.add_parser("down", help="end clusters that were left running, with every trace of them")
     down.add_argument("index", nargs="*", type=int, help="default: all that no test run owns")
+    commands.add_parser(
+        "load", help="images of the working tree as it is now, into all clusters that were left running"
+    )
     commands.add_parser("list", help="clusters that were left running")
     arguments = parser.parse_args()
     reason = why_not()
@@ -43,6 +46,9 @@ def main() -> int:
             if not arguments.index or slot.index in arguments.index:
                 lifecycle.down(slot)
                 print(f"cluster {slot.index} is gone")
+    elif arguments.command == "load":
+        for running in filter(None, map(lifecycle.attach, lifecycle.left_running())):
+            lifecycle.load_images(running)
     else:
         for slot in lifecycle.left_running():
             print(f"{slot.index}\t{'running' if lifecycle.attach(slot) else 'dead'}\t{slot.kubeconfig}")
@@ -52,6 +58,7 @@ def main() -> int:
 def _up(bare: bool) -> None:
     debian.install()
     gobuild.build()
+    contents.prepare()
     started = time.monotonic()
     running = lifecycle.start(detached=True)
     if not bare:

@@ -217,6 +217,11 @@ def _node(running: Running, images: Path) -> None:
         kubectl(slot.kubeconfig, "wait", f"--for={condition}", target, f"--timeout={READY_DEADLINE}")
 
 
+def load_images(running: Running) -> None:
+    """Gives the node images of the working tree as it is now; pods that run keep what they have."""
+    _import(running, contents.build(running.slot.root / "images"))
+
+
 def _import(running: Running, archive: Path) -> None:
     """Puts the images into the node's container runtime, from inside its namespaces."""
     inside = ["nsenter", "-t", str(running.pid), "-m", "-n", "-p"]
