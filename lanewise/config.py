@@ -63,8 +63,8 @@ class WorkerConfig(_ProcessConfig):
         description="auto: float32 for builtin://fable on a CPU, else the checkpoint's (fp16 becomes bf16 on a CPU)",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    kernels: Literal["auto", "native", "torch"] = Field(
-        "auto", description="CPU kernels; auto: native where a compiler or a built library is, else torch"
+    kernels: Literal["auto", "native", "torch", "triton"] = Field(
+        "auto", description="auto: native on a CPU with a compiler or a built library, else torch; triton: GPU, opt-in"
     )
     threads: int = Field(0, ge=0, le=1024, description="compute threads; 0: one per core of `cores`")
     cores: tuple[int, ...] = Field((), description="CPU cores this worker owns; empty: all it may run on")

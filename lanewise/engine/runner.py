@@ -6,6 +6,7 @@ policies do), end or preempt sequences, or be used from two threads.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,15 @@ def _make_decoder(
     pool: KVPool,
     on_progress: sources.Progress | None,
 ) -> Decoder | NativeModel:
-    """The native kernels on a CPU where they can be had and are not declined, else torch operations."""
+    """The native kernels on a CPU where they can be had and are not declined, else torch operations.
+
+    Triton's have to be asked for until they have been run on a GPU.
+    """
     dtype = loaded.norm.dtype
+    if config.kernels == "triton":
+        return _triton_decoder(config, model_config, loaded, pool)
+    if config.kernels == "native" and pool.device.type != "cpu":
+        raise ConfigError(f"kernels: native runs on a CPU; this worker's device is {pool.device}")
     if pool.device.type == "cpu" and config.kernels != "torch":
         try:
             variant = native_variant(model_config, dtype)
@@ -166,6 +174,20 @@ def _make_decoder(
         model_config.head_dim, model_config.num_kv_heads, config.page_tokens, dtype, pool.device
     )
     return Decoder(model_config, loaded, attention, pool.layers)
+
+
+def _triton_decoder(config: WorkerConfig, model_config: ModelConfig, loaded: weights.Weights, pool: KVPool) -> Decoder:
+    if pool.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("kernels: triton needs a GPU; this worker's device is cpu")
+    from lanewise.engine.triton_model import TritonDecoder
+    from lanewise.kernels.triton_attention import TritonAttention
+
+    dim, kv_heads = model_config.head_dim, model_config.num_kv_heads
+    try:
+        attention = TritonAttention(dim, kv_heads, config.page_tokens, loaded.norm.dtype, pool.device)
+    except ValueError as error:
+        raise ConfigError(f"kernels: triton: {error}") from error
+    return TritonDecoder(model_config, loaded, attention, pool.layers)
 
 
 def _make_pool(

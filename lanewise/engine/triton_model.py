@@ -1,0 +1,56 @@
+"""The decoder through the Triton kernels: products stay the library's, everything between them is fused.
+
+Owns: the order of the fused phases. Must not: be imported without need (Triton decides at import how it runs).
+It was tested in Triton's interpreter and not yet run on a GPU, so it has to be asked for: `kernels: triton`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.nn.functional import linear, silu
+
+from lanewise.engine.model import Decoder, OnLayers
+from lanewise.engine.model_config import ModelConfig
+from lanewise.engine.weights import LayerWeights, Linear, Weights
+from lanewise.kernels.select import Attention
+from lanewise.kernels.triton_attention import TritonAttention
+from lanewise.kernels.triton_rows import add_norm, rotate_and_write
+
+
+class TritonDecoder(Decoder):
+    """As `Decoder`; N rows, H heads, G key-value heads, D head_dim."""
+
+    kernels = "triton"
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, attention: TritonAttention, cache: list[torch.Tensor]
+    ) -> None:
+        super().__init__(config, weights, cast(Attention, attention), cache)  # of which `run` only plans
+        self._kernels = attention
+
+    def _forward(self, ids: torch.Tensor, plan: Any, on_layers: OnLayers | None) -> torch.Tensor:
+        dtype, eps = self.weights.norm.dtype, self.config.rms_norm_eps
+        hidden = self.weights.embedding[ids].to(dtype)  # [N, hidden]
+        cos, sin = (part[:, 0, self.config.head_dim // 2 :] for part in self.rope.angles(plan.positions, dtype))
+        update: torch.Tensor | None = None  # what the last product adds; the next norm adds it on its way
+        for index, layer in enumerate(self.weights.layers):
+            qkv = self._inputs(layer, add_norm(hidden, update, layer.attention_norm, eps))
+            norms = None if layer.query_norm is None or layer.key_norm is None else (layer.query_norm, layer.key_norm)
+            query = rotate_and_write(qkv, self.cache[index], plan.slots, cos, sin, norms, eps)  # [N, H, D]
+            if on_layers is not None:
+                on_layers(index, index + 1)
+            mixed = self._kernels.attend(plan, self.cache[index], query, self.config.windows[index])
+            inner = add_norm(hidden, _apply(layer.output, mixed.flatten(1)), layer.mlp_norm, eps)
+            update = _apply(layer.down, silu(_apply(layer.gate, inner)) * _apply(layer.up, inner))
+        return hidden if update is None else hidden + update
+
+    def _inputs(self, layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
+        """[N, H + 2 G, D]: query, key and value heads."""
+        parts = [_apply(part, normed) for part in (layer.query, layer.key, layer.value)]
+        return torch.cat(parts, 1).view(len(normed), -1, self.config.head_dim)
+
+
+def _apply(layer: Linear, hidden: torch.Tensor) -> torch.Tensor:
+    return linear(hidden, layer.weight, layer.bias)
