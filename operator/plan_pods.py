@@ -21,7 +21,8 @@ from lanewise.spec_types import IntOrPercent
 
 STARTUP_PERIOD_S = 2
 READINESS_PERIOD_S = 2
-LIVENESS_PERIOD_S = 5
+LIVENESS_PERIOD_S = 10
+LIVENESS_PATIENCE_S = 60  # a starved process is slow, not dead: a restart would end its streams
 PRESTOP_S = 5  # endpoints of a pod that goes are still in use for a moment
 GRACE_MARGIN_S = 30
 PROGRESS_MARGIN_S = 60
@@ -29,6 +30,7 @@ PULL_S = 600  # of images, before the startup probe even begins
 CONFIG_DIR = "/etc/lanewise"
 WORKER_HEALTH = "lanewise.v1.Worker"
 ROUTER_STARTUP_S = 60
+ROUTER_RESOURCES = {"requests": {"cpu": "100m", "memory": "256Mi"}}  # without any, a busy node would starve it first
 HOSTNAME, ZONE = "kubernetes.io/hostname", "topology.kubernetes.io/zone"
 
 
@@ -75,7 +77,7 @@ def _router_template(service: LLMService, context: PlanContext) -> Manifest:
         "env": _environment("router"),
         "ports": [_port("http", names.HTTP_PORT), _port("grpc", names.GRPC_PORT)],
         "startupProbe": _probe(STARTUP_PERIOD_S, ROUTER_STARTUP_S, httpGet={**http, "path": "/healthz"}),
-        "livenessProbe": _probe(LIVENESS_PERIOD_S, 30, httpGet={**http, "path": "/healthz"}),
+        "livenessProbe": _probe(LIVENESS_PERIOD_S, LIVENESS_PATIENCE_S, httpGet={**http, "path": "/healthz"}),
         "readinessProbe": _probe(READINESS_PERIOD_S, 4, httpGet={**http, "path": "/readyz"}),
     }
     return _pod(service, "router", [container], volumes) | {
@@ -101,7 +103,7 @@ def _worker_template(service: LLMService, context: PlanContext, role: str) -> Ma
         "ports": ports,
         # The overall health stays SERVING while a worker drains; only its readiness goes.
         "startupProbe": _probe(STARTUP_PERIOD_S, service.spec.startup_timeout.seconds, grpc=alive),
-        "livenessProbe": _probe(LIVENESS_PERIOD_S, 30, grpc=alive),
+        "livenessProbe": _probe(LIVENESS_PERIOD_S, LIVENESS_PATIENCE_S, grpc=alive),
         "readinessProbe": _probe(READINESS_PERIOD_S, 4, grpc=ready),
     }
     resources = _worker_resources(service, part)
@@ -151,9 +153,10 @@ def _container(service: LLMService, context: PlanContext, role: str, mounts: lis
     }
     if context.image_pull_policy:
         container["imagePullPolicy"] = context.image_pull_policy
-    resources = getattr(service.spec, role).resources
-    if role == "router" and (resources.limits or resources.requests):
-        container["resources"] = _dump(resources.limits, resources.requests)
+    if role == "router":
+        resources = service.spec.router.resources
+        given = resources.limits or resources.requests
+        container["resources"] = _dump(resources.limits, resources.requests) if given else ROUTER_RESOURCES
     return container
 
 
@@ -201,4 +204,4 @@ def _port(name: str, number: int) -> dict[str, Any]:
 
 def _probe(period_s: int, patience_s: float, **check: Any) -> dict[str, Any]:
     failures = max(1, math.ceil(patience_s / period_s))
-    return {**check, "periodSeconds": period_s, "timeoutSeconds": 3, "failureThreshold": failures}
+    return {**check, "periodSeconds": period_s, "timeoutSeconds": 5, "failureThreshold": failures}
