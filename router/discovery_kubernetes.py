@@ -133,7 +133,7 @@ class KubernetesDiscovery:
 
     def _opened(self, service: _Service) -> None:
         if service.failures > 1:
-            log.info("api_server_is_back", service=service.reference, away_s=round(_age(service.broken_at), 1))
+            log.info("discovery_fresh", service=service.reference, stale_s=round(_age(service.broken_at), 1))
         service.opened_at, service.broken_at, service.error = time.monotonic(), None, ""
 
     async def _failed(self, service: _Service, reason: str) -> None:
@@ -146,7 +146,7 @@ class KubernetesDiscovery:
         if service.broken_at is None:
             service.broken_at = time.monotonic()
         if service.failures == 2:  # one cut watch is everyday
-            log.warning("api_server_is_away", service=service.reference, reason=reason, kept=len(service.slices))
+            log.warning("discovery_stale", service=service.reference, reason=reason, kept=len(service.slices))
         longest = min(FIRST_BACKOFF_S * 2.0 ** min(service.failures - 1, 10), LAST_BACKOFF_S)
         await asyncio.sleep(longest * random.uniform(0.5, 1.0))  # many routers must not come back in step
 
