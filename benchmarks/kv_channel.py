@@ -1,8 +1,10 @@
 """How fast the KV channel moves KV, against pyzmq alone: zero-copy send, one copy on arrival, same run, same machine.
 
-    python benchmarks/kv_channel.py [--mib 128] [--rounds 5] [--stripes 1] [--chunk-kib 1024] [--json]
+    python benchmarks/kv_channel.py [--mib 16 1] [--rounds 7] [--flight 4] [--stripes 1] [--chunk-kib 2048] [--json]
 
-Sender and receiver are two processes. Rounds of both take turns, so that whatever else the machine does hits both.
+Sender and receiver are two processes with the pool of a real worker. A round moves 128 MiB in transfers of the given
+size, so many in flight; rounds of both take turns, so that whatever else the machine does hits both. Transfers of
+64 KiB are reported as latency: from `begin` to Delivered, one at a time.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import torch
 import zmq
 
+from lanewise.engine.kv_pool import KVPool
 from lanewise.policy.blocks import KVLayout
 from lanewise.request import Token
 from lanewise.transfer import (
-    Committed,
+    Aborted,
     Delivered,
     Endpoint,
     Limits,
@@ -35,67 +39,50 @@ from lanewise.transfer import (
 
 LAYOUT = KVLayout(num_layers=28, num_kv_heads=4, head_dim=128, dtype="bfloat16", dtype_bytes=2)  # Qwen2.5-7B
 PAGE_TOKENS = 16
+ROUND_BYTES = 128 * 2**20
 CACHE_KEY = b"k" * 32
-ROW = LAYOUT.num_kv_heads * LAYOUT.head_dim * LAYOUT.dtype_bytes
 
 
-class PagePool:
-    """[layer][K|V][page][token][head and dim], copied page by page."""
-
-    layout = LAYOUT
-
-    def __init__(self, tokens: int) -> None:
-        self.num_pages = -(-tokens // PAGE_TOKENS)
-        self.pool = np.zeros((LAYOUT.num_layers, 2, self.num_pages, PAGE_TOKENS, ROW), np.uint8)
-
-    def read(self, pages: list[int], tokens: range, layers: range) -> np.ndarray:
-        first, last = tokens.start // PAGE_TOKENS, -(-tokens.stop // PAGE_TOKENS)
-        out = np.empty((len(layers), 2, last - first, PAGE_TOKENS, ROW), np.uint8)
-        for index, layer in enumerate(layers):
-            np.take(self.pool[layer], pages[first:last], axis=1, out=out[index], mode="clip")
-        skip = tokens.start - first * PAGE_TOKENS
-        flat = out.reshape(len(layers), 2, -1, ROW)[:, :, skip : skip + len(tokens)]
-        return np.ascontiguousarray(flat).reshape(-1)
-
-    def write(self, pages: list[int], tokens: range, layers: range, data: memoryview) -> None:
-        block = np.frombuffer(data, np.uint8).reshape(len(layers), 2, len(tokens), ROW)
-        index = np.arange(tokens.start, tokens.stop)
-        if tokens.start % PAGE_TOKENS == 0 and len(tokens) % PAGE_TOKENS == 0:
-            first, last = tokens.start // PAGE_TOKENS, tokens.stop // PAGE_TOKENS
-            whole = block.reshape(len(layers), 2, last - first, PAGE_TOKENS, ROW)
-            self.pool[layers.start : layers.stop][:, :, pages[first:last]] = whole
-            return
-        page, slot = np.asarray(pages)[index // PAGE_TOKENS], index % PAGE_TOKENS
-        self.pool[layers.start : layers.stop][:, :, page, slot] = block
+def make_pool(tokens: int, flight: int) -> KVPool:
+    """The pool of a worker on a CPU, with pages for so many prompts of so many tokens."""
+    return KVPool(LAYOUT, num_pages(tokens) * flight, PAGE_TOKENS, torch.device("cpu"))
 
 
-def decode_process(pipe: Connection, tokens: int, chunk_bytes: int) -> None:
-    """The receiving end of both contestants."""
-    pool = PagePool(tokens)
-    pages = list(range(pool.num_pages))
+def num_pages(tokens: int) -> int:
+    return -(-tokens // PAGE_TOKENS)
+
+
+def decode_process(pipe: Connection, tokens: int, flight: int, chunk_bytes: int) -> None:
+    """The receiving end of both contestants. Each transfer in flight has pages of its own."""
+    pool = make_pool(tokens, flight)
+    per = num_pages(tokens)
     receiver: Receiver | None = None
 
     def react(event: Any) -> None:
         assert receiver is not None
         if isinstance(event, Offered):
-            receiver.grant(event.key, pages, 0)
-        elif isinstance(event, Committed):
-            pipe.send(event.key)
+            slot = int(event.key[0].rpartition("/")[2]) % flight
+            receiver.grant(event.key, list(range(slot * per, (slot + 1) * per)), 0)
+        elif isinstance(event, Aborted):
+            pipe.send(event.reason)
 
+    for layer in pool.layers:
+        layer.fill_(1)  # memory that is there: neither contestant pays for faulting it in
     receiver = Receiver(Endpoint("decode", "f", {}, LAYOUT), pool, react)
     context = zmq.Context()
     plain = context.socket(zmq.ROUTER)
     plain.setsockopt(zmq.RCVHWM, 8)
     port = plain.bind_to_random_port("tcp://127.0.0.1")
     pipe.send((receiver.start(), f"tcp://127.0.0.1:{port}"))
-    target = pool.pool.reshape(-1)
+    target = np.ones(ROUND_BYTES, np.uint8)
     while (order := pipe.recv()) is not None:
         what, argument = order
         if what == "cpu":
             pipe.send(time.process_time())
             continue
         if what == "expect":
-            receiver.expect(argument, list(range(tokens)), CACHE_KEY)
+            for key in argument:
+                receiver.expect(key, list(range(tokens)), CACHE_KEY)
             pipe.send("expected")
             continue
         for at in range(0, argument, chunk_bytes):
@@ -107,21 +94,27 @@ def decode_process(pipe: Connection, tokens: int, chunk_bytes: int) -> None:
     context.destroy(linger=0)
 
 
-def channel_round(sender: Sender, events: queue.Queue[Any], pipe: Connection, peer: Peer, tokens: int, n: int) -> float:
-    key = (f"r{n}", 1)
-    pipe.send(("expect", key))
+def channel_round(
+    sender: Sender, events: queue.Queue[Any], pipe: Connection, peer: Peer, tokens: int, count: int, flight: int, n: int
+) -> float:
+    """Seconds for `count` transfers, `flight` of them at a time."""
+    keys = [(f"r{n}/{index}", 1) for index in range(count)]
+    pipe.send(("expect", keys))
     pipe.recv()
+    per, ids = num_pages(tokens), list(range(tokens))
+    waiting, under_way = list(reversed(keys)), 0
     start = time.perf_counter()
-    sender.begin(key, peer, list(range(tokens)), CACHE_KEY, list(range(-(-tokens // PAGE_TOKENS))))
-    sender.commit(key, Token(*key, 0, 1))
-    while True:
+    while waiting or under_way:
+        while waiting and under_way < flight:
+            key = waiting.pop()
+            slot = int(key[0].rpartition("/")[2]) % flight
+            sender.begin(key, peer, ids, CACHE_KEY, list(range(slot * per, (slot + 1) * per)))
+            sender.commit(key, Token(*key, 0, 1))
+            under_way += 1
         event = events.get(timeout=60)
-        if isinstance(event, Delivered):
-            break
         assert type(event).__name__ not in ("Aborted", "Busy"), event
-    taken = time.perf_counter() - start
-    assert pipe.recv() == key
-    return taken
+        under_way -= isinstance(event, Delivered)
+    return time.perf_counter() - start
 
 
 def plain_round(sock: zmq.Socket[bytes], pipe: Connection, source: np.ndarray, chunk_bytes: int) -> float:
@@ -140,79 +133,112 @@ def cpu_seconds(pipe: Connection) -> float:
     return time.process_time() + float(pipe.recv())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=128, help="KV moved in a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--stripes", type=int, default=1)
-    parser.add_argument("--chunk-kib", type=int, default=1024)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    tokens = args.mib * 2**20 // LAYOUT.bytes_per_token
-    total, chunk = tokens * LAYOUT.bytes_per_token, args.chunk_kib * 1024
-    ours, theirs = mp.get_context("spawn").Pipe()
-    process = mp.get_context("spawn").Process(target=decode_process, args=(theirs, tokens, chunk))
-    process.start()
-    address, plain_address = ours.recv()
-    events: queue.Queue[Any] = queue.Queue()
-    pool = PagePool(tokens)
-    pool.pool[:] = np.random.default_rng(0).integers(0, 256, pool.pool.shape, np.uint8)
-    limits = Limits(chunk_bytes=chunk, stripes=args.stripes)
-    sender = Sender(Endpoint("prefill", "f", {}, LAYOUT), pool, events.put, limits=limits)
-    sender.start()
-    peer = Peer(address, "decode")
-    sender.connect(peer)
-    report = events.get(timeout=10)
-    assert isinstance(report, LinkReport)
-    context = zmq.Context()
-    sock = context.socket(zmq.DEALER)
-    sock.setsockopt(zmq.SNDHWM, 8)
-    sock.connect(plain_address)
+class Contest:
+    def __init__(self, tokens: int, flight: int, stripes: int, chunk: int) -> None:
+        self.tokens, self.flight, self.chunk = tokens, flight, chunk
+        self.pipe, theirs = mp.get_context("spawn").Pipe()
+        self.process = mp.get_context("spawn").Process(target=decode_process, args=(theirs, tokens, flight, chunk))
+        self.process.start()
+        address, plain_address = self.pipe.recv()
+        self.events: queue.Queue[Any] = queue.Queue()
+        pool = make_pool(tokens, flight)
+        for layer in pool.layers:
+            layer.fill_(2)
+        self.source = np.full(ROUND_BYTES, 2, np.uint8)
+        limits = Limits(chunk_bytes=chunk, stripes=stripes)
+        self.sender = Sender(Endpoint("prefill", "f", {}, LAYOUT), pool, self.events.put, limits=limits)
+        self.sender.start()
+        self.peer = Peer(address, "decode")
+        self.sender.connect(self.peer)
+        report = self.events.get(timeout=30)
+        assert isinstance(report, LinkReport)
+        self.link = report.link
+        self.context = zmq.Context()
+        self.sock = self.context.socket(zmq.DEALER)
+        self.sock.setsockopt(zmq.SNDHWM, 8)
+        self.sock.connect(plain_address)
+        self.rounds = 0
+
+    def channel(self, count: int) -> float:
+        self.rounds += 1
+        args = (self.sender, self.events, self.pipe, self.peer, self.tokens, count, self.flight, self.rounds)
+        return channel_round(*args)
+
+    def plain(self, nbytes: int) -> float:
+        return plain_round(self.sock, self.pipe, self.source[:nbytes], self.chunk)
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join(10)
+        self.sender.close()
+        self.context.destroy(linger=0)
+
+
+def measure(mib: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Rates of both, and their CPU time, which hardly depends on what else the machine does."""
+    tokens = int(mib * 2**20) // LAYOUT.bytes_per_token
+    size = tokens * LAYOUT.bytes_per_token
+    count = max(args.flight, ROUND_BYTES // size)
+    total = min(ROUND_BYTES, count * size)
+    contest = Contest(tokens, args.flight, args.stripes, args.chunk_kib * 1024)
     rates: dict[str, list[float]] = {"lanewise": [], "pyzmq": []}
     cpu = {"lanewise": 0.0, "pyzmq": 0.0}
     for n in range(args.rounds + 1):
-        before = cpu_seconds(ours)
-        channel = total / channel_round(sender, events, ours, peer, tokens, n) / 1e9
-        between = cpu_seconds(ours)
-        alone = total / plain_round(sock, ours, pool.pool.reshape(-1)[:total], chunk) / 1e9
+        before = cpu_seconds(contest.pipe)
+        channel = count * size / contest.channel(count) / 1e9
+        between = cpu_seconds(contest.pipe)
+        alone = total / contest.plain(total) / 1e9
         if n:  # the first round warms up
             rates["lanewise"].append(channel)
             rates["pyzmq"].append(alone)
-            cpu["lanewise"] += (between - before) / (total * args.rounds / 1e9)
-            cpu["pyzmq"] += (cpu_seconds(ours) - between) / (total * args.rounds / 1e9)
-    ours.send(None)
-    process.join(10)
-    sender.close()
-    context.destroy(linger=0)
-    show(args, tokens, report, rates, cpu)
-
-
-def show(
-    args: argparse.Namespace, tokens: int, report: LinkReport, rates: dict[str, list[float]], cpu: dict[str, float]
-) -> None:
-    rows = {
-        name: {
-            "median": statistics.median(v),
-            "min": min(v),
-            "max": max(v),
-            "rounds": len(v),
-            "cpu_s_per_gb": cpu[name],
-        }
-        for name, v in rates.items()
+            cpu["lanewise"] += (between - before) / (count * size * args.rounds / 1e9)
+            cpu["pyzmq"] += (cpu_seconds(contest.pipe) - between) / (total * args.rounds / 1e9)
+    contest.close()
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "mib": mib,
+        "gb_per_s": {name: {"median": median[name], "min": min(v), "max": max(v)} for name, v in rates.items()},
+        "cpu_s_per_gb": cpu,
+        "ratio": median["lanewise"] / median["pyzmq"],
+        "link": {"latency_us": contest.link.latency_s * 1e6, "gb_per_s": contest.link.bandwidth_bytes_per_s / 1e9},
     }
-    ratio = rows["lanewise"]["median"] / rows["pyzmq"]["median"]
-    link = report.link
+
+
+def latency_us(args: argparse.Namespace, kib: int = 64) -> list[float]:
+    tokens = -(-kib * 1024 // LAYOUT.bytes_per_token)
+    contest = Contest(tokens, 1, args.stripes, args.chunk_kib * 1024)
+    taken = sorted(contest.channel(1) * 1e6 for _ in range(200))
+    contest.close()
+    return taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=float, nargs="+", default=[16, 1], help="KV of one transfer")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--flight", type=int, default=4, help="transfers under way at a time")
+    parser.add_argument("--stripes", type=int, default=1)
+    parser.add_argument("--chunk-kib", type=int, default=Limits().chunk_bytes // 1024)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    rows = [measure(mib, args) for mib in args.mib]
+    taken = latency_us(args)
     if args.json:
-        probe = {"latency_us": link.latency_s * 1e6, "gb_per_s": link.bandwidth_bytes_per_s / 1e9}
-        print(json.dumps({"gb_per_s": rows, "ratio": ratio, "tokens": tokens, "link_test": probe}))
+        print(json.dumps({"transfers": rows, "latency_us": {"p50": taken[100], "p99": taken[198]}}))
         return
-    per_token = LAYOUT.bytes_per_token // 1024
-    print(f"{tokens} tokens of {per_token} KiB, {args.stripes} stripe(s), {args.chunk_kib} KiB chunks")
-    print(f"{'GB/s':<34}{'median':>8}{'min':>8}{'max':>8}{'CPU s/GB':>10}")
-    names = {"lanewise": "KV channel (gather, verify, scatter)", "pyzmq": "pyzmq zero-copy + one copy"}
-    for name, row in rows.items():
-        print(f"{names[name]:<34}{row['median']:>8.2f}{row['min']:>8.2f}{row['max']:>8.2f}{row['cpu_s_per_gb']:>10.2f}")
-    print(f"ratio {ratio:.2f}; link test: {link.latency_s * 1e6:.0f} us, {link.bandwidth_bytes_per_s / 1e9:.2f} GB/s")
+    print(
+        f"{args.flight} in flight, {args.stripes} stripe(s), {args.chunk_kib} KiB chunks; GB/s, CPU s/GB of both sides"
+    )
+    print(f"{'MiB':>5}{'channel':>9}{'(min':>7}{'max)':>6}{'pyzmq':>8}{'ratio':>7}{'CPU':>7}{'pyzmq':>7}")
+    for row in rows:
+        ours, theirs = row["gb_per_s"]["lanewise"], row["gb_per_s"]["pyzmq"]
+        print(
+            f"{row['mib']:>5g}{ours['median']:>9.2f}{ours['min']:>7.2f}{ours['max']:>6.2f}{theirs['median']:>8.2f}"
+            f"{row['ratio']:>7.2f}{row['cpu_s_per_gb']['lanewise']:>7.2f}{row['cpu_s_per_gb']['pyzmq']:>7.2f}"
+        )
+    link = rows[0]["link"]
+    print(f"64 KiB: p50 {taken[100]:.0f} us, p99 {taken[198]:.0f} us; link test {link['latency_us']:.0f} us, ", end="")
+    print(f"{link['gb_per_s']:.2f} GB/s")
 
 
 if __name__ == "__main__":

@@ -138,18 +138,16 @@ class Held:
         return getattr(self._sender, name)
 
 
-def worker(role: str, core: int, model: str, dtype: str, tokens: int, pipe: Connection) -> None:
+def worker(role: str, core: int, model: str, dtype: str, pool_bytes: int, pipe: Connection) -> None:
     from lanewise.config import WorkerConfig
     from lanewise.engine.runner import Engine
     from lanewise.policy.batching import make_batch_policy
     from lanewise.policy.cost import CostModel
     from lanewise.transfer import Endpoint, Faults, Receiver, Sender
 
-    capacity = 12 * (tokens + 64)
-    probe = WorkerConfig(model=model, dtype=dtype, cores=(core,), threads=1, kv_cache_bytes=64 << 20)
-    layout = Engine.load(probe).pool.layout
-    config = probe.model_copy(update={"kv_cache_bytes": capacity * layout.bytes_per_token})
+    config = WorkerConfig(model=model, dtype=dtype, cores=(core,), threads=1, kv_cache_bytes=pool_bytes)
     engine = Engine.load(config)
+    layout = engine.pool.layout
     engine.warm_up()
     endpoint = Endpoint(role, engine.fingerprint, engine.fingerprint_fields, layout)
     policy = make_batch_policy("lanewise", max_batch_tokens=512, cost=CostModel())
@@ -193,13 +191,14 @@ class Pair:
         self.processes = []
         for role, core in (("prefill", cores[0]), ("decode", cores[1 % len(cores)])):
             self.pipes[role], theirs = context.Pipe()
-            args = (role, core, directory, dtype, shape.prompt_tokens, theirs)
+            token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * (2 if dtype == "bfloat16" else 4)
+            args = (role, core, directory, dtype, 10 * (shape.prompt_tokens + 64) * token_bytes, theirs)
             process = context.Process(target=worker, args=args, daemon=True)
             process.start()
             self.processes.append(process)
         self.address = ""
         for role, pipe in self.pipes.items():
-            _, address, self.bytes_per_token = self._next(pipe, 120)
+            _, address, self.bytes_per_token = self._next(pipe, 300)
             self.address = address if role == "decode" else self.address
         self.pipes["prefill"].send(("peers", ((self.address, "decode", ""),)))
         self._number = 0

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 
 import grpc
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
 from tests.chaos.test_kill import wait_for_pair
-from tests.e2e.service import Generated, Service, generate, generate_all, request, running, until
+from tests.e2e.service import Generated, Service, generate, generate_all, request, running, service_file, until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(180)]
 TOKENS = 400  # long enough to be in the middle when the fault comes
@@ -122,3 +123,28 @@ def answers(service: Service) -> bool:
         return bool(service.snapshot().router)
     except grpc.RpcError:  # still starting
         return False
+
+
+@pytest.mark.slow
+def test_a_decode_worker_that_sleeps_longer_than_a_lease_harms_nobody(tmp_path: Path) -> None:
+    """Its streams move to the other decode worker; 40 s later it wakes up, frees what it held and serves again."""
+    file = service_file(tmp_path / "spec", disaggregation="Always", decode={"replicas": 2})
+    with running(tmp_path / "state", file) as service:
+        undisturbed = [result.text for result in asyncio.run(generate_all(service.grpc, messages()))]
+        before = service.pid("decode-0"), service.pid("decode-1")
+        threads: list[threading.Thread] = []
+
+        def on_token(count: int) -> None:
+            if count == 20 and not threads:
+                threads.append(pause(service, "decode-0", 40.0))
+
+        results = asyncio.run(generate_all(service.grpc, messages(), on_token=on_token))
+        assert [result.reason for result in results] == ["length"] * len(results)
+        assert [result.text for result in results] == undisturbed
+        threads[0].join()
+        until(lambda: sum(worker.ready for worker in service.snapshot().workers) == 3, 30, service.read_log)
+        assert before == (service.pid("decode-0"), service.pid("decode-1"))
+        service.audit()
+        again = asyncio.run(generate_all(service.grpc, messages()))
+        assert [result.text for result in again] == undisturbed
+        service.audit()
