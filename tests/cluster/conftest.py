@@ -8,9 +8,9 @@ Fixtures:
 - `namespace`: a fresh namespace per test, deleted afterwards.
 - `chart` (session): release `lanewise` in namespace `lanewise`, from deploy/helm/lanewise with the tests' images.
 
-Every test here carries the marker `cluster`. `--kubeconfig FILE` uses a cluster that is there already (with
-`--control-image` and `--worker-image`). Without Linux and root all is skipped; where LANEWISE_CLUSTER=required is set
-(.ci/run does so on Linux as root) a skip is a failure.
+Every test here carries the marker `cluster`. `--kubeconfig FILE` uses a cluster that is there already: one of `make
+cluster`, or any other (with `--control-image` and `--worker-image`). Without Linux and root all is skipped; where
+LANEWISE_CLUSTER=required is set (.ci/run does so on Linux as root) a skip is a failure.
 """
 
 from __future__ import annotations
@@ -64,13 +64,16 @@ def programs() -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster(request: pytest.FixtureRequest, programs: None) -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     given = request.config.getoption("--kubeconfig")
     if given:
         named = {"control": "--control-image", "worker": "--worker-image"}
         images = {key: value for key, flag in named.items() if (value := request.config.getoption(flag))}
-        yield Cluster(Path(given).resolve(), None, Images(**images))
+        kubeconfig = Path(given).resolve()
+        ours = next((slot for slot in lifecycle.left_running() if slot.kubeconfig == kubeconfig), None)
+        yield Cluster(kubeconfig, lifecycle.attach(ours) if ours else None, Images(**images))
         return
+    request.getfixturevalue("programs")
     running = lifecycle.start()
     try:
         yield Cluster(running.slot.kubeconfig, running)
