@@ -47,7 +47,7 @@ def establish(api: RawApi, wanted: list[dict[str, Any]]) -> None:
 
         def served(name: str = name, generation: int = generation) -> bool:
             found = api.call("GET", f"{DEFINITIONS}/{name}").body
-            conditions = {item["type"]: item["status"] for item in found.get("status", {}).get("conditions", ())}
+            conditions = {item["type"]: item["status"] for item in (found.get("status", {}).get("conditions") or ())}
             return found["metadata"]["generation"] == generation and conditions.get("Established") == "True"
 
         wait_for(served, f"{name} to be served", 30)
