@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "keys": ("lanewise.local.keys:keys", "make and rotate the keys between the workers of a service"),
     "chaos": ("lanewise.chaos.command:chaos", "break a local service on purpose and check every answer"),
     "manifests": ("lanewise.operator.manifests:main", "print what the operator would apply for a file"),
+    "profile": ("lanewise.bench.profile:main", "measure a model on this machine as a cost profile"),
     "check": ("lanewise.cli:check", "check an LLMService or ScalingPolicy file"),
     "crds": ("lanewise.operator.crd:crds", "print the custom resource definitions"),
     "version": ("lanewise.cli:version", "print the version"),

@@ -278,6 +278,7 @@ class PrefillLoop(WorkerLoop[Prefill]):
                 cost=cost.to_mapping(),
                 lane=self.lane,
                 lane_generation=self.lane_generation,
+                lane_age_s=round(now - self.lane_moved_at, 1),
                 draining=self.draining,
                 links=tuple(self._links.values()),
                 transfers=sum(a.lent for a in self.attempts.values()) + len(self._closing),

@@ -49,7 +49,7 @@ class Dispatcher:
         self._entries: dict[str, Entry] = {}
         self._held = Held[Entry](config.hold_max_requests, config.hold_max_bytes)
         self._trails = Trails()
-        self._placer = Placer(config, roster)
+        self.placer = Placer(config, roster)
         self.ledger = Ledger(config.ttft_target_s, config.short_max_tokens or None)
         self.arrivals = 0
         self.idle = asyncio.Event()  # nothing runs
@@ -78,7 +78,7 @@ class Dispatcher:
         self.arrivals += 1
         self._metrics.arrivals.inc()
         self._metrics.prompt_tokens.inc(len(order.prompt_ids))
-        placement = self._placer.choose(flight, now)
+        placement = self.placer.choose(flight, now)
         if placement is None:
             refusal = self._held.refusal(order)
             self._settle(entry, flight.fail(refusal, now) if refusal else [], now)
@@ -154,7 +154,7 @@ class Dispatcher:
 
     def fleet_changed(self) -> None:
         now = time.monotonic()
-        if not self.routable and (self._roster.vacant or self._placer.any_pair(now)):
+        if not self.routable and (self._roster.vacant or self.placer.any_pair(now)):
             self.routable = True
             self._on_routable()
         hopeless: set[tuple[str, str, bool]] = set()
@@ -173,7 +173,7 @@ class Dispatcher:
         session.handed_over_at = now
         for request_id, _ in list(session.carried):
             entry = self._entries.get(request_id)
-            if entry is not None and self._placer.choose(entry.flight, now) is not None:
+            if entry is not None and self.placer.choose(entry.flight, now) is not None:
                 self.ledger.handovers += 1
                 reason = f"{session.identity.name} drains"
                 self._settle(entry, entry.flight.hand_over(session.identity.incarnation, reason, now), now)
@@ -181,7 +181,7 @@ class Dispatcher:
     # ------------------------------------------------------------ placement
 
     def _place(self, entry: Entry, now: float) -> bool:
-        placement = self._placer.choose(entry.flight, now)
+        placement = self.placer.choose(entry.flight, now)
         if placement is not None:
             self._launch(entry, placement, now)
         return placement is not None

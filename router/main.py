@@ -138,6 +138,7 @@ class Router:
         self._health_task: asyncio.Task[None] | None = None
         self._sessions: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
+        self._moving: asyncio.Task[None] | None = None  # instances between lanes
         self.http = Address.parse(config.http)
         self.grpc = Address.parse(config.grpc)
 
@@ -149,6 +150,8 @@ class Router:
         self.http = Address(self.http.host, await self._http.start(_listen(self.http)))
         await self._start_grpc()
         self._sessions = asyncio.create_task(self.roster.run(self.discovery))
+        if (lanes := self.dispatcher.placer.lanes) is not None:
+            self._moving = asyncio.create_task(lanes.run())
         log.info(
             "ready",
             http=f"http://{self.http}",
@@ -221,7 +224,7 @@ class Router:
     async def stop(self) -> None:
         await self._http.stop(FLUSH_S)
         await self._server.stop(grace=FLUSH_S if self.front.draining else 0)
-        for task in (self._sessions, self._health_task, self._following):
+        for task in (self._sessions, self._health_task, self._following, self._moving):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

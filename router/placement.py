@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lanewise.config import RouterConfig
-from lanewise.fleet import Pair, WorkerIdentity
+from lanewise.fleet import Lane, Pair, WorkerIdentity
 from lanewise.policy.routing import RouteRequest, choose_pair
 from lanewise.router.flight import Flight
+from lanewise.router.lanes import LaneKeeper
 from lanewise.router.roster import Roster
 
 
@@ -26,6 +27,8 @@ class Placer:
     def __init__(self, config: RouterConfig, roster: Roster) -> None:
         self._config = config
         self._roster = roster
+        learned = config.instance_lanes == "learned"
+        self.lanes = LaneKeeper(roster, config.ttft_target_s) if learned else None  # None: all serve every length
         self._routes = 0  # the policy's seed: gives equal workers turns
 
     def choose(self, flight: Flight, now: float) -> Placement | None:
@@ -34,6 +37,10 @@ class Placer:
         ids = (*order.prompt_ids, *flight.output_ids) if flight.output_ids else order.prompt_ids
         hits = self._roster.cached_tokens(ids, order.tenant_salt)
         fleet = self._roster.snapshot(order.model, flight.fingerprint)
+        lane = Lane.ANY
+        if self.lanes is not None and len(fleet.prefill) > 1:
+            best_hit = max((hits.get(view.identity.incarnation, 0) for view in fleet.prefill), default=0)
+            lane = self.lanes.lane_of(order.model, len(ids) - best_hit, len(ids))
         # Last the avoided workers: when nobody else is there, they are better than none.
         for exclude in dict.fromkeys((flight.exclude, frozenset[str]())):
             self._routes += 1
@@ -45,6 +52,7 @@ class Placer:
                 tpot_target_s=self._config.tpot_target_s,
                 max_tokens=order.sampling.max_tokens,
                 exclude=exclude,
+                lane=lane,
                 kv_bytes_per_token=fleet.decode[0].identity.kv_bytes_per_token if fleet.decode else 0,
                 sampled=any(view.stats.routers > 1 for view in fleet.decode[:1]),
             )

@@ -66,6 +66,17 @@ def propose_move(prefill: Sequence[WorkerView], p90_tokens: Mapping[Lane, int], 
     return LaneMove(moved.identity.incarnation, hot, moved.stats.lane_generation, reason)
 
 
+def first_lane(prefill: Sequence[WorkerView]) -> LaneMove | None:
+    """A lane for an instance that has none: the lane with fewer instances. None: all have one, or there is only one."""
+    undecided = [view for view in prefill if view.stats.lane is Lane.ANY and view.ready]
+    if len(prefill) < 2 or not undecided:
+        return None
+    count = {lane: sum(view.stats.lane is lane for view in prefill) for lane in (Lane.SHORT, Lane.LONG)}
+    lane = Lane.SHORT if count[Lane.SHORT] <= count[Lane.LONG] else Lane.LONG
+    new = min(undecided, key=lambda view: view.identity.incarnation)
+    return LaneMove(new.identity.incarnation, lane, new.stats.lane_generation, "it had no lane")
+
+
 def published_move(prefill: Sequence[WorkerView]) -> LaneMove | None:
     """The LAPS artifact: with more than twice the pending requests per pool of the other, it gets an instance."""
     lanes = {lane: [view for view in prefill if view.stats.lane is lane] for lane in (Lane.SHORT, Lane.LONG)}
