@@ -47,6 +47,7 @@ class SendWindow:
         self._cutter = Cutter(layout, tokens)
         self._chunks: list[_SentChunk] = []
         self._cumulative = 0
+        self._unsent = 0  # chunks that were cut and not handed to the network yet
         self._resend: deque[int] = deque()
         self._have_tokens = 0
         self.unacked: set[int] = set()
@@ -63,7 +64,7 @@ class SendWindow:
 
     @property
     def all_sent(self) -> bool:
-        return self._cutter.done and all(chunk.crc for chunk in self._chunks)
+        return self._unsent == 0 and self._cutter.done
 
     def digest(self) -> bytes:
         return digest((chunk.crc, chunk.slice) for chunk in self._chunks)
@@ -95,6 +96,7 @@ class SendWindow:
         assert piece is not None
         self._cutter.take(piece)
         self._chunks.append(_SentChunk(piece))
+        self._unsent += 1
         return len(self._chunks) - 1, piece, False
 
     def sent(self, job: Job, crc: bytes, delivered: bool) -> None:
@@ -104,6 +106,7 @@ class SendWindow:
             raise BrokenTransfer("the KV of this transfer changed while it was sent")
         if not job.resend:
             chunk.crc = crc
+            self._unsent -= 1
             self.sent_bytes += job.slice.nbytes(self._layout)
             self.unacked.add(job.seq)
         if not delivered:
