@@ -78,22 +78,25 @@ def test_every_child_exists_and_says_whose_it_is(cluster: Cluster, idle: str) ->
         assert "finalizers" not in item["metadata"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ("deployment", f"{NAME}-decode"),
-        ("service", f"{NAME}-routers"),
-        ("serviceaccount", f"{NAME}-router"),
-        ("configmap", f"{NAME}-config"),
-        ("rolebinding", f"{NAME}-router"),
-        ("pdb", f"{NAME}-prefill"),
-        ("networkpolicy", f"{NAME}-decode"),
-    ],
-)
-def test_a_deleted_child_comes_back(cluster: Cluster, idle: str, kind: str, name: str) -> None:
-    before = cluster.get(kind, name, idle)["metadata"]["uid"]
-    cluster.delete(kind, name, idle, "--wait=false")
-    wait_for(lambda: cluster.get(kind, name, idle)["metadata"]["uid"] != before, f"a new {kind}", REPAIR_S)
+def test_deleted_children_come_back(cluster: Cluster, idle: str) -> None:
+    children = {
+        "deployment": f"{NAME}-decode",
+        "service": f"{NAME}-routers",
+        "serviceaccount": f"{NAME}-router",
+        "configmap": f"{NAME}-config",
+        "rolebinding": f"{NAME}-router",
+        "pdb": f"{NAME}-prefill",
+        "networkpolicy": f"{NAME}-decode",
+    }
+    before = {kind: cluster.get(kind, name, idle)["metadata"]["uid"] for kind, name in children.items()}
+    for kind, name in children.items():
+        cluster.delete(kind, name, idle, "--wait=false")
+    for kind, name in children.items():
+        wait_for(
+            lambda kind=kind, name=name: cluster.get(kind, name, idle)["metadata"]["uid"] != before[kind],  # type: ignore[misc]
+            f"a new {kind}",
+            REPAIR_S,
+        )
 
 
 def test_an_edited_child_is_put_right(cluster: Cluster, idle: str) -> None:
@@ -286,9 +289,13 @@ def test_a_stalled_decode_leaves_prefill_with_its_old_template_and_configuration
 ) -> None:
     before = deployments(cluster, sleeping)["prefill"]
     config = cluster.get("configmap", f"{NAME}-config", sleeping)["data"]
-    broken = '{"containers": [{"name": "worker", "image": "registry.local/none:1", "imagePullPolicy": "Never"}]}'
-    spec = f'{{"model": {{"dtype": "float32"}}, "decode": {{"podTemplate": {{"spec": {broken}}}}}}}'
-    patch(cluster, sleeping, f'{{"spec": {spec}}}')
+    broken = sleeper("registry.local/none:1")
+    broken["spec"]["containers"][0]["imagePullPolicy"] = "Never"
+    workers = {"prefill": sleeper(cluster.images.app), "decode": broken}
+    roles = {role: {"replicas": 2, "podTemplate": template} for role, template in workers.items()}
+    changed = idle_service(NAME, sleeping, model={"uri": "builtin://fable", "dtype": "float32"}, **roles)
+    cluster.apply(changed)  # not patched: a merge patch loses the nulls of a podTemplate
+    wait_observed(cluster, NAME, sleeping)
     assert "ErrImageNeverPull" in wait_degraded(cluster, sleeping, "PodsFailing")
     cluster.delete("deployment", f"{NAME}-router", sleeping)  # events enough to tempt it
     cluster.kubectl("scale", "deployment", f"{NAME}-prefill", "-n", sleeping, "--replicas=5")
