@@ -91,6 +91,11 @@ class Catalog:
             async with asyncio.timeout(timeout_s):
                 await self._any.wait()
 
+    @property
+    def known(self) -> bool:
+        """Whether any worker has told of its model yet."""
+        return bool(self._models)
+
     def models(self) -> list[Model]:
         return list(self._models.values())
 

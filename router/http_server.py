@@ -108,7 +108,13 @@ class HttpServer:
         options = body.stream_options
         if options is not None and not body.stream:
             raise invalid("stream_options needs stream: true", "stream_options")
-        generation = await self._front.generate(wanted, on_stall=exchange.abort)
+        if body.stream and not self._catalog.known:
+            early = await self._generate_early(exchange, call, wanted)
+            if early is None:
+                return
+            generation = early
+        else:
+            generation = await self._front.generate(wanted, on_stall=exchange.abort)
         call.request_id = generation.id
         call.prompt_tokens = generation.prompt_tokens
         try:
@@ -126,15 +132,38 @@ class HttpServer:
         finally:
             generation.close()
 
+    async def _generate_early(self, exchange: Exchange, call: Call, wanted: GenerationRequest) -> Generation | None:
+        """A stream that is held before this router has seen any worker. None: it has ended, with an error event."""
+        waiting = asyncio.create_task(self._front.generate(wanted, on_stall=exchange.abort))
+        patience_s = FIRST_KEEP_ALIVE_S
+        try:
+            while not (await asyncio.wait({waiting}, timeout=patience_s))[0]:
+                if not exchange.status:
+                    exchange.begin(200, "text/event-stream", headers_of(call) | _NO_BUFFERS)
+                await exchange.write(reply.KEEP_ALIVE)
+                patience_s = KEEP_ALIVE_S
+            return waiting.result()
+        except LanewiseError as error:
+            if not exchange.status:
+                raise
+            call.error = error.code
+            await exchange.finish(b"data: " + reply.error_body(error) + b"\n\n")
+            return None
+        except BaseException:  # the client is gone
+            waiting.add_done_callback(_close_unwanted)
+            waiting.cancel()
+            raise
+
     async def _stream(self, exchange: Exchange, call: Call, generation: Generation, answer: reply.Reply) -> None:
         events: list[Event] = []
         patience_ends = time.monotonic() + FIRST_KEEP_ALIVE_S
-        while not events and (left := patience_ends - time.monotonic()) > 0:
+        while not events and not exchange.status and (left := patience_ends - time.monotonic()) > 0:
             events = await generation.next(left)
         for event in events:
             if isinstance(event, Ended) and event.error is not None:
                 raise event.error
-        exchange.begin(200, "text/event-stream", headers_of(call) | _NO_BUFFERS)
+        if not exchange.status:
+            exchange.begin(200, "text/event-stream", headers_of(call) | _NO_BUFFERS)
         try:
             while True:
                 data = bytearray()
@@ -173,7 +202,10 @@ class HttpServer:
 
     async def _models(self, exchange: Exchange, call: Call) -> None:
         self._keys.check(exchange.header(b"authorization"))
-        body = {"object": "list", "data": [_model_card(model) for model in self._catalog.models()]}
+        cards = [_model_card(model) for model in self._catalog.models()]
+        if not cards and self._catalog.expected:  # no worker has told its limits yet
+            cards = [{"id": self._catalog.expected, "object": "model", "created": 0, "owned_by": "lanewise"}]
+        body = {"object": "list", "data": cards}
         reply_json(exchange, call, reply.encode(body))
 
     async def _model(self, exchange: Exchange, call: Call) -> None:
@@ -198,6 +230,11 @@ class HttpServer:
 
     def _scrape(self, exchange: Exchange) -> None:
         exchange.reply(200, self._metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def _close_unwanted(waiting: asyncio.Task[Generation]) -> None:
+    if not waiting.cancelled() and waiting.exception() is None:
+        waiting.result().close()
 
 
 def _raise_error(event: Event, call: Call) -> None:

@@ -6,13 +6,14 @@ A real API server is met in tests/cluster; here stands one that fails on demand.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from lanewise.errors import ConfigError
-from lanewise.router import discovery_kubernetes
+from lanewise.router import discovery_kubernetes, http_server
 from lanewise.router.discovery import Endpoint
 from lanewise.router.discovery_kubernetes import KubernetesDiscovery
 from lanewise.router.endpoint_slices import fold
@@ -216,7 +217,12 @@ class TestRouter:
             await worker.stop()
             await api.stop()
 
-    async def test_scaled_to_zero_a_restarted_router_is_ready_and_holds(self, tmp_path: Path) -> None:
+    @pytest.fixture
+    def brief(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(http_server, "FIRST_KEEP_ALIVE_S", 0.02)
+        monkeypatch.setattr(http_server, "KEEP_ALIVE_S", 0.02)
+
+    async def test_scaled_to_zero_a_restarted_router_is_ready_and_holds(self, tmp_path: Path, brief: None) -> None:
         api = await StandInApi().start()
         worker = await ScriptedWorker("decode").start()
         settings = {"discovery": "kubernetes", "worker_services": SERVICES, "kubernetes_api": api.url}
@@ -227,13 +233,32 @@ class TestRouter:
                     assert reply.status == 200
                 status, reply_body, _ = await made.post(model="other")
                 assert (status, reply_body["error"]["code"]) == (404, "MODEL_NOT_FOUND")
+                async with made.http.get(made.url + "/v1/models") as reply:
+                    assert [model["id"] for model in (await reply.json())["data"]] == ["fable"]
                 answer = asyncio.create_task(made.text())
-                await until(lambda: made.router.front.num_early == 1)
-                await self._serve(api, worker)
-                assert await answer == story(12)
+                body = {"model": "fable", "prompt": "Once", "stream": True, "max_tokens": 12}
+                async with made.http.post(made.url + "/v1/completions", json=body) as stream:
+                    assert await stream.content.readline() == b": keep-alive\n"
+                    await until(lambda: made.router.front.num_early == 2)
+                    await self._serve(api, worker)
+                    lines = [line async for line in stream.content if line.startswith(b"data: ")]
+                assert lines[-1] == b"data: [DONE]\n"
+                chunks = [json.loads(line[6:])["choices"][0]["text"] for line in lines[:-1]]
+                assert "".join(chunks) == await answer == story(12)
         finally:
             await worker.stop()
             await api.stop()
+
+    async def test_a_stream_held_at_zero_workers_ends_with_a_typed_error(self, tmp_path: Path, brief: None) -> None:
+        api = await StandInApi().start()
+        settings = {"discovery": "kubernetes", "worker_services": SERVICES, "kubernetes_api": api.url}
+        async with rig("", workers=(), hold_timeout_s=0.2, **settings) as made:
+            body = {"model": "fable", "prompt": "Once", "stream": True}
+            async with made.http.post(made.url + "/v1/completions", json=body) as stream:
+                assert stream.status == 200
+                lines = [line async for line in stream.content if line.startswith(b"data: ")]
+            assert json.loads(lines[-1][6:])["error"]["code"] == "NO_WORKERS"
+        await api.stop()
 
     async def test_an_api_server_that_is_away_does_not_look_like_zero_workers(self, tmp_path: Path) -> None:
         api = await StandInApi().start()
