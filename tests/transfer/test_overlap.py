@@ -1,0 +1,82 @@
+"""Layers announced while later ones compute: group sizes, and that each layer of each sequence is announced once."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lanewise.policy.blocks import KVLayout
+from lanewise.prefill_worker.overlap import Overlap
+from lanewise.transfer import Committed, Delivered, Limits
+from lanewise.transfer.grouping import GROUP_BYTES, GROUP_S, WHOLE_S, layers_per_group
+
+QWEN = KVLayout(num_layers=28, num_kv_heads=4, head_dim=128, dtype="bfloat16", dtype_bytes=2)
+WIDE = KVLayout(num_layers=12, num_kv_heads=8, head_dim=256, dtype="bfloat16", dtype_bytes=2)
+
+
+def test_short_transfers_go_whole_and_long_ones_layer_by_layer():
+    assert layers_per_group(QWEN, 16, 1e9) == 28
+    assert layers_per_group(QWEN, 32, 1e9) == 28  # 1.8 MB: 1.8 ms
+    assert 1 < layers_per_group(QWEN, 128, 1e9) < 28
+    assert layers_per_group(WIDE, 512, 1e9) == 1
+    assert layers_per_group(WIDE, 512, 0.0) == 1  # a link that was not measured counts as 1 GB/s
+    assert layers_per_group(QWEN, 512, 1e11) == 28  # a fast link: 29 MB are over in 0.3 ms
+
+
+@given(tokens=st.integers(1, 4096), rate=st.floats(1e6, 1e12), layers=st.integers(1, 80))
+def test_a_group_is_worth_sending_and_no_larger_than_that(tokens, rate, layers):
+    layout = KVLayout(layers, 4, 128, "bfloat16", 2)
+    group, layer = layers_per_group(layout, tokens, rate), layout.slice_bytes(tokens, 1)
+    worth = max(GROUP_BYTES, rate * GROUP_S)
+    assert 1 <= group <= layers
+    if layer * layers <= max(GROUP_BYTES, rate * WHOLE_S):
+        assert group == layers
+    elif group < layers:
+        assert group * layer >= worth - 1
+        assert (group - 1) * layer < worth
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.said: list[tuple[object, int, range]] = []
+
+    def ready(self, key, tokens, layers=None):
+        self.said.append((key, tokens, layers))
+
+
+@given(parts=st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 2000)), min_size=1, max_size=6))
+def test_every_layer_of_every_sequence_is_announced_once_and_in_order(parts):
+    sender = Recorder()
+    overlap = Overlap(QWEN, sender, lambda key: 1e9)
+    chunks = [((f"r{index}", 1), before, new) for index, (before, new) in enumerate(parts)]
+    overlap.begin(chunks)
+    for end in range(1, QWEN.num_layers + 1):
+        overlap.computed(end)
+        for _, _, layers in sender.said:
+            assert layers.stop <= end, "announced before it was computed"
+    for key, before, new in chunks:
+        mine = [(tokens, layers) for name, tokens, layers in sender.said if name == key]
+        assert {tokens for tokens, _ in mine} == {before + new}
+        assert [layer for _, layers in mine for layer in layers] == list(range(QWEN.num_layers))
+
+
+def test_kv_that_is_announced_layer_by_layer_arrives_before_the_rest_is_computed(net):
+    """Two chunks of a prompt, layer by layer; what is announced is on the other side before the last layer is."""
+    prefill, decode = net.prefill(limits=Limits(chunk_bytes=1024)), net.decode()
+    decode.grant_all()
+    key, ids = ("r", 1), list(range(200))
+    layers = net.layout.num_layers
+    pages = prefill.compute(ids)
+    decode.receiver.expect(key, ids, net.cache_key)
+    prefill.sender.begin(key, decode.peer, ids, net.cache_key, pages)
+    sent = 0
+    for low, high in ((0, 128), (128, 200)):
+        for layer in range(layers):
+            prefill.sender.ready(key, high, range(layer, layer + 1))
+            sent += net.layout.slice_bytes(high - low, 1)
+            net.eventually(lambda: decode.receiver.snapshot().bytes_received == sent, "this layer is there")  # noqa: B023
+    assert not decode.log.of(Committed, key)
+    prefill.sender.commit(key, net.token(key))
+    assert isinstance(prefill.log.wait(Delivered, key), Delivered)
+    assert np.array_equal(prefill.kv(pages, range(200)), decode.kv(key, range(200)))
