@@ -13,7 +13,7 @@ from dataclasses import dataclass
 LETHAL = ("kill", "stop")
 MESSAGE = ("drop", "duplicate", "delay", "corrupt", "truncate")
 KINDS = (*LETHAL, *MESSAGE, "misbind")
-SHARES = {"kill": 6, "stop": 6, "misbind": 8} | dict.fromkeys(MESSAGE, 16)
+SHARES = {"kill": 5, "stop": 5, "misbind": 10} | dict.fromkeys(MESSAGE, 16)
 """Of 100 faults. A killed worker takes seconds to come back, a lost message takes none."""
 
 POINTS = {
