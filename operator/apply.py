@@ -68,7 +68,7 @@ async def apply_objects(
                 writes += await _hand_off(writer, wanted, live)
             made = await writer.apply(stamped(wanted))
             writes += 1
-            store.child(made, deleted=False)
+            store.child(made, deleted=False, own=True)
             log.info("applied", key=key, kind=kind, name=name, because=found[:5])
             if live is None and first_replicas.get(name, 1) > 1 and "replicas" not in wanted["spec"]:
                 await _scale(writer, wanted, first_replicas[name])

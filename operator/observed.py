@@ -72,8 +72,12 @@ class Store:
                 known.revision += 1
         return key
 
-    def child(self, body: Manifest, deleted: bool) -> Key | None:
-        """As `service`, for an object with our label; None where the label is missing."""
+    def child(self, body: Manifest, deleted: bool, *, own: bool = False) -> Key | None:
+        """As `service`, for an object with our label; None where the label is missing.
+
+        The answer to a write of ours (`own`) is what was wanted: it moves no revision, so that what others do in the
+        meantime still does.
+        """
         metadata = body["metadata"]
         name = metadata.get("labels", {}).get(SERVICE_LABEL)
         if name is None:
@@ -88,7 +92,7 @@ class Store:
                 known.revision += body["kind"] != "Pod"
         elif old is None or newer(body, old):
             found = known.children[place] = trim(body)
-            if body["kind"] != "Pod" and (old is None or _lasting(old) != _lasting(found)):
+            if not own and body["kind"] != "Pod" and (old is None or _lasting(old) != _lasting(found)):
                 known.revision += 1
         return key
 

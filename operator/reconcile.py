@@ -137,9 +137,9 @@ class Reconciler:
         metadata = known.service["metadata"]
         monitors = await self.lister.monitors()
         commit = None if model is None else model.commit
-        same = (metadata.get("generation"), runtime, commit, monitors)
+        same = (known.revision, metadata.get("generation"), runtime, commit, monitors)
         hold = decide(memory.target, _live(key, known)).hold
-        if (known.revision, *same, hold) == memory.applied and not self._retries(memory):
+        if (*same, hold) == memory.applied and not self._retries(memory):
             return
         context = PlanContext(
             namespace=key[0],
@@ -162,8 +162,7 @@ class Reconciler:
         memory.blocked = first_refusal(refusals)
         memory.refusals = memory.refusals + 1 if refusals else 0
         memory.retry_at = time.monotonic() + min(LONGEST_RETRY_S, FIRST_RETRY_S * 2**memory.refusals)
-        # Our own writes moved the revision: what was complete is what is known now.
-        memory.applied = (known.revision, *same, hold)
+        memory.applied = (*same, hold)
 
     def _retries(self, memory: Memory) -> bool:
         return memory.blocked is not None and time.monotonic() >= memory.retry_at

@@ -259,7 +259,8 @@ def fingerprint(deployment: dict[str, Any]) -> str:
 def complete(deployment: dict[str, Any]) -> bool:
     status, wanted = deployment["status"], deployment["spec"]["replicas"]
     seen = status.get("observedGeneration", 0) >= deployment["metadata"]["generation"]
-    return seen and status.get("updatedReplicas") == status.get("replicas") == status.get("availableReplicas") == wanted
+    counts = {status.get(name) for name in ("updatedReplicas", "replicas", "availableReplicas")}
+    return bool(seen) and counts == {wanted}
 
 
 def settled(cluster: Cluster, namespace: str) -> bool:

@@ -45,7 +45,7 @@ def test_settled() -> None:
 
 def test_a_new_fingerprint_goes_to_decode_first() -> None:
     found = decide("b", both(deployment("a"), deployment("a")))
-    assert (found.phase, found.hold) == (Phase.DECODE_FIRST, {"prefill"})
+    assert (found.phase, found.hold) == (Phase.DECODE_FIRST, frozenset({"prefill"}))
     assert decide("b", both(deployment("a"), deployment("b", done=False))).hold == {"prefill"}
 
 
