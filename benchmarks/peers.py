@@ -12,6 +12,7 @@ Installing the peer is up to the reader: docs/performance.md says how.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import signal
@@ -96,8 +97,9 @@ def main() -> int:
             for load in LOADS:
                 if not options.only or load.name in options.only:
                     turn = repetition % len(servers)
-                    measure(load, [*servers[turn:], *servers[:turn]], repetition)
-    report(servers, options.json)
+                    with alone(options.lock):
+                        measure(load, [*servers[turn:], *servers[:turn]], repetition)
+            report(servers, options.json)  # after each repetition, so that an interrupted run has shown something
     return 0
 
 
@@ -110,6 +112,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--only", action="append", metavar="NAME", help=f"of {', '.join(load.name for load in LOADS)}")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--lock", type=Path, metavar="FILE", help="flock it for each measurement, as others here may")
     options = parser.parse_args()
     if not options.make and options.model is None:
         parser.error("give a model directory, or --make one")
@@ -225,6 +228,17 @@ def answers(url: str) -> bool:
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+@contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        print(f"load average {os.getloadavg()[0]:.1f}", flush=True)
+        yield
 
 
 def measure(load: Load, servers: list[Server], repetition: int) -> None:

@@ -9,6 +9,7 @@ lanewise.kernels.cpu_build DIRECTORY` builds every variant, for images without a
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -16,7 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +75,10 @@ def library(variant: Variant) -> Path:
     for directory in _directories():
         if (directory / name).is_file():
             return directory / name
-    return build(variant, _writable_directory())
+    directory = _writable_directory()
+    with _turn(directory):  # workers that start together need not all compile
+        made = directory / name
+        return made if made.is_file() else build(variant, directory)
 
 
 def build(variant: Variant, directory: Path) -> Path:
@@ -90,6 +96,20 @@ def build(variant: Variant, directory: Path) -> Path:
             raise CannotBuild(f"{compiler} ended with {done.returncode}: {done.stderr[-2000:]}")
         os.replace(made, target)
     return target
+
+
+@contextmanager
+def _turn(directory: Path) -> Iterator[None]:
+    """One process at a time, as long as that takes no longer than a compilation may; then each for itself."""
+    with (directory / "building.lock").open("w") as lock:
+        deadline = time.monotonic() + COMPILE_TIMEOUT_S
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        yield
 
 
 def file_name(variant: Variant) -> str:

@@ -91,6 +91,10 @@ def _load(variant: Variant) -> ctypes.CDLL:
     lib.lw_begin.argtypes, lib.lw_begin.restype = (c_void_p, POINTER(_Batch)), None
     lib.lw_layers.argtypes, lib.lw_layers.restype = (c_void_p, c_int64, c_int64), None
     lib.lw_logits.argtypes, lib.lw_logits.restype = (c_void_p, c_void_p), None
+    lib.lw_multiply.argtypes = (c_void_p, c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p)
+    lib.lw_multiply.restype = None
+    lib.lw_attend.argtypes = (c_void_p, POINTER(_Batch), c_void_p, c_void_p, c_void_p, c_int64, c_void_p)
+    lib.lw_attend.restype = None
     lib.lw_pack.argtypes, lib.lw_pack.restype = (c_void_p, c_int64, c_int64, c_void_p, c_int), None
     return lib
 
@@ -146,6 +150,9 @@ class NativeDecoder:
 
     def begin(self, ids: Sequence[int], spans: Sequence[Span], sampled: Sequence[bool]) -> None:
         """Embeds `ids`, the new tokens of all spans one after the other; `sampled` says whose next token is wanted."""
+        self._library.lw_begin(self._handle, byref(self._batch(ids, spans, sampled)))
+
+    def _batch(self, ids: Sequence[int], spans: Sequence[Span], sampled: Sequence[bool]) -> _Batch:
         records = (_Span * len(spans))()
         kept = []  # what the records point to, until the pass is over
         row = 0
@@ -158,9 +165,8 @@ class NativeDecoder:
         rows = array("q", ids)
         if row != len(rows):
             raise ValueError(f"{len(rows)} ids for {row} rows")
-        self._kept = (kept, records)
-        batch = _Batch(row, len(spans), rows.buffer_info()[0], records)
-        self._library.lw_begin(self._handle, byref(batch))
+        self._kept = (kept, rows, records)
+        return _Batch(row, len(spans), rows.buffer_info()[0], records)
 
     def layers(self, low: int, high: int) -> None:
         """Runs these layers; their KV is then in the pages."""
@@ -170,6 +176,25 @@ class NativeDecoder:
         """[count, vocab] in fp32 for the sampled spans in their order."""
         out = torch.from_numpy(np.empty((count, self._vocab), dtype=np.float32))
         self._library.lw_logits(self._handle, out.data_ptr())
+        return out
+
+    def attend(
+        self, spans: Sequence[Span], cache: torch.Tensor, query: torch.Tensor, window: int | None
+    ) -> torch.Tensor:
+        """Attention alone, for tests and benchmarks: [rows, heads, dim] for such a query; new KV is in `cache`."""
+        out = torch.empty_like(query)
+        batch = self._batch([0] * len(query), spans, [True] * len(spans))
+        keys, values = cache[0].data_ptr(), cache[1].data_ptr()
+        self._library.lw_attend(self._handle, byref(batch), query.data_ptr(), keys, values, window or 0, out.data_ptr())
+        return out
+
+    def multiply(self, rows: torch.Tensor, packed: torch.Tensor, columns: int) -> torch.Tensor:
+        """rows [n, k] times a packed weight with `columns` outputs, a multiple of 32, in fp32; as `attend`."""
+        out = torch.empty((len(rows), columns), dtype=torch.float32)
+        half = int(rows.dtype == torch.bfloat16)
+        self._library.lw_multiply(
+            self._handle, half, rows.data_ptr(), rows.shape[1], len(rows), packed.data_ptr(), columns, out.data_ptr()
+        )
         return out
 
 

@@ -38,6 +38,8 @@ struct Decoder {
     virtual void begin(const Batch& batch) = 0;
     virtual void layer(long index) = 0;
     virtual void logits(float* out) = 0;  // [sampled spans][vocab]
+    virtual void attend(const Batch& batch, const void* query, const void* keys, const void* values, long window,
+                        void* out) = 0;  // attention alone
 };
 
 inline float half_to_float(uint16_t h) {
@@ -108,10 +110,7 @@ class DecoderOf final : public Decoder {
                 });
         T *query = query_.get(rows_ * width), *mixed = mixed_.get(rows_ * width);
         rows_run(rows_, 4, [&](long row) { rotate_and_write(l, row, qkv + row * padded(total), query + row * width); });
-        const auto& tasks = final_layer ? last_ : all_;
-        pool_.run(long(tasks.size()), [&](long i) {
-            attend<T>(tasks[i], h_, query, static_cast<const T*>(l.keys), static_cast<const T*>(l.values), l.window, mixed);
-        });
+        attend_tasks(final_layer ? last_ : all_, query, l.keys, l.values, l.window, mixed);
         if (final_layer) keep_sampled(mixed, width);
         add_product(mixed, width, l.output, l.output_bias);
         normalise(hidden_, rows_, l.mlp_norm, normed);
@@ -132,7 +131,21 @@ class DecoderOf final : public Decoder {
                 });
     }
 
+    void attend(const Batch& batch, const void* query, const void* keys, const void* values, long window,
+                void* out) override {
+        spans_.assign(batch.spans, batch.spans + batch.num_spans);
+        make_tasks(all_, false);
+        attend_tasks(all_, static_cast<const T*>(query), keys, values, window, static_cast<T*>(out));
+    }
+
   private:
+    void attend_tasks(const std::vector<AttentionTask>& tasks, const T* query, const void* keys, const void* values,
+                      long window, T* out) {
+        pool_.run(long(tasks.size()), [&](long i) {
+            ::attend<T>(tasks[i], h_, query, static_cast<const T*>(keys), static_cast<const T*>(values), window, out);
+        });
+    }
+
     static long padded(long columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
 
     static LW_INLINE void put(float* row, long c, long limit, vf v) {

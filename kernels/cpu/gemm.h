@@ -33,36 +33,44 @@ LW_INLINE void tile(const uint32_t* a, long stride, const uint32_t* panel, long 
     }
 }
 
-// Calls epilogue(row, sums of the panel's first 16 columns, of its last 16) for rows [0, ROWS).
-template <class T, int ROWS, class Epilogue>
-__attribute__((noinline)) void tile_rows(const uint32_t* a, long stride, const uint32_t* panel, long units,
-                                         const Epilogue& epilogue) {
+// Sums of ROWS rows with one panel into `sums` [ROWS][32]. Not a template of what follows: there are few of these.
+template <class T, int ROWS>
+void tile_rows(const uint32_t* a, long stride, const uint32_t* panel, long units, float* sums) {
     vf acc[ROWS][2];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) acc[r][0] = acc[r][1] = vf{};
     tile<T, ROWS>(a, stride, panel, units, acc);
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++) epilogue(r, acc[r][0], acc[r][1]);
+    for (int r = 0; r < ROWS; r++) store(sums + r * PANEL, acc[r][0]), store(sums + r * PANEL + 16, acc[r][1]);
 }
 
-template <class T, int ROWS, class Epilogue>
-LW_INLINE void choose_rows(int rows, const uint32_t* a, long stride, const uint32_t* panel, long units,
-                           const Epilogue& epilogue) {
+template <class T, int ROWS>
+LW_INLINE void choose_rows(int rows, const uint32_t* a, long stride, const uint32_t* panel, long units, float* sums) {
     if constexpr (ROWS > 1) {
-        if (rows < ROWS) return choose_rows<T, ROWS - 1>(rows, a, stride, panel, units, epilogue);
+        if (rows < ROWS) return choose_rows<T, ROWS - 1>(rows, a, stride, panel, units, sums);
     }
-    tile_rows<T, ROWS>(a, stride, panel, units, epilogue);
+    tile_rows<T, ROWS>(a, stride, panel, units, sums);
 }
 
-// Rows [0, rows) with one panel, in tiles of nearly equal height.
+template <class T>
+__attribute__((noinline)) void any_rows(int rows, const uint32_t* a, long stride, const uint32_t* panel, long units,
+                                        float* sums) {
+    choose_rows<T, MAX_TILE_ROWS>(rows, a, stride, panel, units, sums);
+}
+
+// Rows [0, rows) with one panel, in tiles of nearly equal height; epilogue(row, first 16 sums, last 16).
 template <class T, class Epilogue>
 LW_INLINE void panel_rows(const uint32_t* a, long stride, long rows, const uint32_t* panel, long units,
                           const Epilogue& epilogue) {
+    alignas(64) float sums[MAX_TILE_ROWS * PANEL];
     const long tiles = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
     for (long t = 0; t < tiles; t++) {
         const long low = rows * t / tiles, high = rows * (t + 1) / tiles;
-        const auto shifted = [&](int r, vf left, vf right) LW_INLINE_LAMBDA { epilogue(low + r, left, right); };
-        choose_rows<T, MAX_TILE_ROWS>(int(high - low), a + low * stride, stride, panel, units, shifted);
+        any_rows<T>(int(high - low), a + low * stride, stride, panel, units, sums);
+        for (long r = low; r < high; r++) {
+            const float* from = sums + (r - low) * PANEL;
+            epilogue(r, load<vf>(from), load<vf>(from + 16));
+        }
     }
 }
 
