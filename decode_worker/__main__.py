@@ -1,5 +1,9 @@
 """`python -m lanewise.decode_worker`."""
 
-from lanewise.decode_worker.server import main
+from lanewise.early_stop import end_on_sigterm
+
+end_on_sigterm()  # before the imports, which take seconds
+
+from lanewise.decode_worker.server import main  # noqa: E402
 
 main()

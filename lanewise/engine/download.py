@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from lanewise.early_stop import end_on_sigterm
 from lanewise.engine.hub_files import DownloadFailed, Progress, fetch
 from lanewise.errors import ConfigError
 
@@ -28,6 +29,7 @@ AGAIN, HOPELESS = 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0: the folder is complete. 1: try again. 2: no other try will help until something is changed."""
     options = _parse(argv)
+    end_on_sigterm()  # what is on the disk by then is what the next run begins with
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     progress = Progress()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -270,3 +272,26 @@ def ready_status(http: str) -> int:
     except urllib.error.HTTPError as error:
         with error:
             return error.code
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a PID namespace of its own")
+@pytest.mark.parametrize("module", ["decode_worker", "router"])
+def test_process_1_of_a_container_hears_sigterm_while_it_starts(module: str, tmp_path: Path) -> None:
+    """There a signal without a handler is lost, and the pod would wait out its grace period."""
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", f"lanewise.{module}"]
+    outer = subprocess.Popen([*command, "--listen" if module != "router" else "--http", "127.0.0.1:0"])
+    try:
+        children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
+        until(lambda: children.read_text().split(), 10, lambda: "unshare has no child")
+        inner = int(children.read_text().split()[0])
+        until(lambda: catches(inner, signal.SIGTERM), 30, lambda: "no handler for SIGTERM")
+        os.kill(inner, signal.SIGTERM)
+        assert outer.wait(10) == 128 + signal.SIGTERM
+    finally:
+        outer.kill()
+        outer.wait(10)
+
+
+def catches(pid: int, number: int) -> bool:
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:")]
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
