@@ -62,6 +62,7 @@ class ScriptedWorker(pb_grpc.WorkerServicer):
         self.name = name or role
         self.incarnation = str(uuid.uuid4())
         self.fingerprint = "ff"
+        self.kv_bytes_per_token = 0
         self.submits: list[pb.Submit] = []
         self.cancels: list[pb.Cancel] = []
         self.peers: list[pb.Peers] = []
@@ -117,6 +118,7 @@ class ScriptedWorker(pb_grpc.WorkerServicer):
             kv_capacity_tokens=100_000,
             vocab_size=TOKENIZER.vocab_size,
             tokenizer_hash=FILES.tokenizer_hash,
+            kv_bytes_per_token=self.kv_bytes_per_token,
         )
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeReply:

@@ -27,6 +27,7 @@ class Recorder:
         self.cancelled: list[tuple[str, int]] = []
         self.lost: asyncio.Queue[str] = asyncio.Queue()
         self.drains: list[float] = []
+        self.peers: list[set[str]] = []
 
     def submit(self, session: str, submission: Submission) -> None:
         self.submitted.append((session, submission))
@@ -39,7 +40,8 @@ class Recorder:
 
     def set_lane(self, lane: Lane, expected_generation: int) -> None: ...
 
-    def set_peers(self, peers: tuple[tuple[str, str, str], ...]) -> None: ...
+    def set_peers(self, peers: tuple[tuple[str, str, str], ...]) -> None:
+        self.peers.append({incarnation for _, incarnation, _ in peers})
 
 
 class Worker:
@@ -167,3 +169,48 @@ async def test_statistics_are_coalesced_to_the_latest(worker: Worker) -> None:
     while latest.stats.queued_tokens != 49:
         latest = await until(call, "stats")
     assert worker.service.stats.queued_tokens == 49
+
+
+async def test_partners_are_those_that_any_router_knows_of(worker: Worker) -> None:
+    async def tell(call: grpc.aio.StreamStreamCall, *names: str) -> None:
+        peers = pb.Peers(peers=[pb.Peer(kv_address="tcp://x:1", incarnation=n, fingerprint="ff") for n in names])
+        await call.write(pb.RouterMessage(peers=peers))
+
+    async def known(*names: str) -> None:
+        async with asyncio.timeout(5):
+            while not worker.backend.peers or worker.backend.peers[-1] != set(names):
+                await asyncio.sleep(0.005)
+
+    first, second = await worker.open(), await worker.open()
+    await tell(first, "d0", "d1")
+    await known("d0", "d1")
+    await tell(second, "d0")  # it has not met d1 yet
+    await known("d0", "d1")
+    first.cancel()
+    await known("d0")
+
+
+async def test_a_drain_call_passes_its_timeout_on_and_a_drain_is_told_to_routers(worker: Worker) -> None:
+    call = await worker.open()
+    await worker.stub.Drain(pb.DrainRequest(timeout_s=7.0))
+    assert worker.backend.drains == [7.0]
+    worker.service.tell_draining()
+    worker.service.tell_handover()
+    stats = (await until(call, "stats")).stats
+    while not stats.handover:
+        stats = (await until(call, "stats")).stats
+    assert (stats.draining, stats.routers) == (True, 1)
+
+
+async def test_closing_sends_what_waits_and_ends_the_stream(worker: Worker) -> None:
+    call = await worker.open()
+    session = await submit(worker, call)
+    worker.outbox.token(session, Token("r", 1, 0, 7, finish=FinishReason.STOP))
+    worker.outbox.flush()
+    closing = asyncio.create_task(worker.service.close(5))
+    step = (await until(call, "step")).step
+    assert step.tokens[0].finish == "stop"
+    while (await asyncio.wait_for(call.read(), 5)) is not grpc.aio.EOF:
+        pass
+    await closing
+    assert worker.service.num_sessions == 0
