@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="decode workers believe that offered KV is of the right prompt: `misbind` must then be noticed here",
     )
+    parser.add_argument(
+        "--encryption", choices=("None", "Authenticated", "Full"), default="None", help="of the channel"
+    )
     parser.add_argument("--json", metavar="F", help="write the report; - is standard output")
     return parser
 
@@ -91,7 +94,7 @@ async def _campaign(options: argparse.Namespace, kinds: tuple[str, ...], directo
     asked = prompts(options.prompts or max(20, options.requests // 10), dice)
     names = (*(f"prefill-{n}" for n in range(options.prefill)), *(f"decode-{n}" for n in range(options.decode)))
     arms = Arms(directory / "faults", names, "unbound" if options.no_content_hash else "")
-    async with running(directory, options.prefill, options.decode) as service:
+    async with running(directory, options.prefill, options.decode, options.encryption) as service:
         client = AsyncClient(service.grpc)
         try:
             answers = await undisturbed(client, asked, options.concurrency)

@@ -22,6 +22,7 @@ import grpc.aio
 
 from lanewise.cli import CommandFailed
 from lanewise.local.commands import SELF
+from lanewise.local.keys import make_keys
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
 
@@ -102,8 +103,10 @@ async def until(condition: Callable[[], Any], timeout_s: float, problem: Callabl
 
 
 @contextlib.asynccontextmanager
-async def running(directory: Path, prefill: int, decode: int) -> AsyncIterator[Service]:
+async def running(directory: Path, prefill: int, decode: int, encryption: str) -> AsyncIterator[Service]:
     """A service with `prefill` + `decode` workers on the built-in model in fp32, ready; it ends with the block."""
+    secret = directory / "secret"
+    make_keys(secret)
     workers = (*(f"prefill-{n}" for n in range(prefill)), *(f"decode-{n}" for n in range(decode)))
     log = directory / "log"
     environment = {
@@ -112,6 +115,7 @@ async def running(directory: Path, prefill: int, decode: int) -> AsyncIterator[S
         "LANEWISE_FAULTS": "1",
         "LANEWISE_FAULTS_SPEC": f"@{directory}/faults/",
         "LANEWISE_HEALTHY_AFTER_S": "0",
+        "LANEWISE_SECRET_DIR": str(secret),  # unused where nothing is encrypted
     }
     part = {"kvCacheMemory": KV_CACHE}
     resource = {
@@ -121,6 +125,7 @@ async def running(directory: Path, prefill: int, decode: int) -> AsyncIterator[S
         "spec": {
             "model": {"uri": "builtin://fable", "dtype": "float32"},
             "disaggregation": "Always",
+            "transfer": {"encryption": encryption},
             "prefill": {"replicas": prefill, **part},
             "decode": {"replicas": decode, **part},
         },

@@ -47,7 +47,8 @@ def keys(argv: Sequence[str]) -> int:
     return 0
 
 
-def _make(directory: Path) -> list[str]:
+def make_keys(directory: Path) -> list[str]:
+    """The names of the files of a new Secret; CommandFailed where the folder is not empty."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     if found := sorted(path.name for path in directory.iterdir()):
         raise CommandFailed(f"{directory} is not empty ({', '.join(found[:3])}); keys in use are never overwritten")
@@ -75,7 +76,7 @@ def _retire(directory: Path) -> list[str]:
     return [f"{PREVIOUS}.public"]
 
 
-_STEPS = {"make": _make, "next": _next, "rotate": _rotate, "retire": _retire}
+_STEPS = {"make": make_keys, "next": _next, "rotate": _rotate, "retire": _retire}
 
 
 def _need(directory: Path, *names: str) -> None:

@@ -76,6 +76,8 @@ def plan(service: LLMService, machine: Machine, ports: Iterator[int], options: O
         kv_address = f"tcp://127.0.0.1:{next(ports)}" if role == "decode" else ""
         flags = [*_worker_flags(service, role, share), *_key_flags(service, options), "--listen", address]
         flags += ["--kv-listen", kv_address] if kv_address else []
+        if kv_address and spec.transfer.encryption == "Authenticated" and options.secret_dir:
+            flags += ["--kv-data-listen", f"tcp://127.0.0.1:{next(ports)}"]
         workers.append(_process(f"{role}-{number}", role, tuple(flags), options, share, address, kv_address))
     router_flags = (
         *("--http", options.http, "--grpc", options.grpc),

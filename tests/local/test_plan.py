@@ -133,3 +133,19 @@ def test_free_ports_are_free_and_below_the_kernels_range() -> None:
     assert port_problem(f"127.0.0.1:{first}") is None
     assert "not an address of this machine" in (port_problem("no.such.host.invalid:1") or "")
     assert split_address("[::1]:80") == ("::1", 80)
+
+
+def test_keys_reach_workers_and_router_only_where_the_service_asks_for_encryption() -> None:
+    options = Options("127.0.0.1:8000", "127.0.0.1:50051", secret_dir="/keys")
+    for encryption in ("None", "Authenticated", "Full"):
+        wanted = service(transfer={"encryption": encryption}, prefill={"replicas": 1}, disaggregation="Always")
+        decided = plan(wanted, TWO, iter(count(20000)), options)
+        for process in decided.processes:
+            on = encryption != "None"
+            if process.role == "router":
+                assert ("--worker-tls-dir" in process.argv) is on
+            else:
+                assert ("--encryption" in process.argv) is on
+                assert ("--secret-dir" in process.argv) is on
+            data = process.role == "decode" and encryption == "Authenticated"
+            assert ("--kv-data-listen" in process.argv) is data
