@@ -26,7 +26,7 @@ from lanewise.local.keys import make_keys
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
 
-READY_S = 120.0
+READY_S = 180.0
 STOP_S = 30.0
 POLL_S = 0.02
 PAGE_TOKENS = 16

@@ -22,7 +22,7 @@ from lanewise.transfer.faults import Faults
 PROCESSES = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 
-def campaign(*options: str, timeout_s: float = 170) -> tuple[int, dict[str, Any]]:
+def campaign(*options: str, timeout_s: float = 280) -> tuple[int, dict[str, Any]]:
     command = [sys.executable, "-m", "lanewise", "chaos", "--json", "-", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     assert done.stdout, done.stderr[-4000:]
@@ -30,6 +30,7 @@ def campaign(*options: str, timeout_s: float = 170) -> tuple[int, dict[str, Any]
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(300)
 def test_a_small_campaign_passes() -> None:
     code, report = campaign("--seed", "1", "--requests", "60", "--faults", "16", "--concurrency", "8")
     assert code == 0, report["problems"]
@@ -42,6 +43,7 @@ def test_a_small_campaign_passes() -> None:
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(300)
 def test_the_campaign_fails_when_content_is_not_hashed() -> None:
     options = ("--seed", "1", "--requests", "20", "--faults", "4", "--kinds", "misbind", "--concurrency", "8")
     code, report = campaign(*options, "--no-content-hash")
