@@ -7,6 +7,7 @@ may fail, and none may say anything else than the undisturbed service says; the 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -122,7 +123,7 @@ def other_weights(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def life(cluster: Cluster, chart: Chart, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
     assert chart
-    namespace = "life"
+    namespace = f"life-{os.urandom(2).hex()}"
     cluster.kubectl("create", "namespace", namespace)
     weights = other_weights(tmp_path_factory.mktemp("weights") / "other")
     body = {
@@ -193,6 +194,7 @@ def steps(life: Life, chart: Chart) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "scale decode 1 -> 3", lambda: scale(life, 3)
     yield "scale decode 3 -> 1", lambda: scale(life, 1)
     yield "roll, same fingerprint", lambda: roll_annotation(life)
+    yield "roll, other weights", lambda: roll_weights(life)
     yield "delete the only decode pod", lambda: replace(life, "decode", delete)
     yield "evict a prefill pod", lambda: replace(life, "prefill", evict)
     yield "delete a router pod", lambda: replace(life, "router", delete)
@@ -215,6 +217,17 @@ def roll_annotation(life: Life) -> None:
     life.patch({role: {"podTemplate": current[role]["podTemplate"]} for role in before})
     for role, old in before.items():
         life.wait_pods(role, len(old), without=old)
+
+
+def roll_weights(life: Life) -> None:
+    """Changes the fingerprint: streams end with the weights they began with, later ones say something else."""
+    before = {role: life.uids(role) for role in ("prefill", "decode")}
+    life.patch({"model": {"uri": f"file://{MODELS_MOUNT}/other"}})
+    for role, old in before.items():
+        life.wait_pods(role, len(old), without=old)
+    life.wait_ready()
+    life.expected.append(undisturbed(life.address, TOKENS))
+    assert life.expected[0] != life.expected[1], "the other weights say the same"
 
 
 def replace(life: Life, role: str, remove: Callable[[Life, str], None]) -> None:

@@ -108,6 +108,8 @@ def _module(go: str, part: Component) -> Path:
         replaces = _replaces(go, part, folder) if part.replaces else ""
         (folder / "go.mod").write_text(head + replaces)
         _run([go, "get", f"{part.module}@{part.version}"], folder, MODULE_DEADLINE_S)
+        if part.main:
+            (folder / "main.go").write_text(part.main)
         for package in part.commands.values():
             _run([go, "get", package], folder, MODULE_DEADLINE_S)
     (folder / "complete").touch()

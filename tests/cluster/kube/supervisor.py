@@ -142,8 +142,9 @@ class Supervisor:
                 assert isinstance(argv, list)
                 if name in self.daemons:
                     return {"error": f"{name} was started before"}
-                self.daemons[name] = Daemon(name, [str(part) for part in argv])
-                self._start(self.daemons[name])
+                daemon = Daemon(name, [str(part) for part in argv])
+                self._start(daemon)  # fails where there is no such program; then it is not ours to restart
+                self.daemons[name] = daemon
             elif request["op"] == "signal":
                 pid = self.daemons[name].pid
                 if pid is not None:
