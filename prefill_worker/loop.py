@@ -217,8 +217,9 @@ class PrefillLoop(WorkerLoop[Prefill]):
         chunks = [(w.num_new, w.seq.num_computed, w.num_new == w.seq.num_uncomputed) for w in work]
         self._meter.begin(chunks, started)
         self.report()  # `accepted`, failures and the queue need not wait for the batch
-        self._overlap.begin((w.seq.key, w.seq.num_computed, w.num_new) for w in work)
-        sampled = self._engine.step(work, on_layers=self._on_layers)
+        by_layer = self._overlap.begin((w.seq.key, w.seq.num_computed, w.num_new) for w in work) or self._faults.active
+        sampled = self._engine.step(work, on_layers=self._on_layers if by_layer else None)
+        self._overlap.computed(self._engine.pool.layout.num_layers)
         ended = self.clock()
         self._meter.end(ended)
         self._policy.observe(plan, ended, ended - started)

@@ -36,12 +36,16 @@ class Overlap:
         self._bandwidth = bandwidth
         self._parts: list[_Part] = []
 
-    def begin(self, chunks: Iterable[tuple[Key, int, int]]) -> None:
-        """A batch starts: (key, tokens computed before, new tokens) of each sequence in it."""
+    def begin(self, chunks: Iterable[tuple[Key, int, int]]) -> bool:
+        """A batch starts: (key, tokens computed before, new tokens) of each sequence in it.
+
+        False: all of it goes whole, so `computed` need not be called before the end. Asking an engine for each layer
+        costs it a wait per layer on a GPU."""
         self._parts = [
             _Part(key, before + new, layers_per_group(self._layout, new, self._bandwidth(key)))
             for key, before, new in chunks
         ]
+        return any(part.group < self._layout.num_layers for part in self._parts)
 
     def computed(self, layer_end: int) -> None:
         """KV of layers 0 to `layer_end` of the batch is in the pool."""
