@@ -15,6 +15,8 @@ from tests.cluster.kube.slots import Slot
 COMMAND_DEADLINE_S = 30
 CGROUPS_GONE_DEADLINE_S = 20.0
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+WEIGHTS = {"cpu.shares": "16384", "cpu.weight": "1600"}
+"""All pods together against the processes of the machine: as sixteen of these, else one busy neighbour halves them."""
 
 
 def command(*argv: str) -> str:
@@ -65,6 +67,9 @@ def make_cgroups(slot: Slot) -> None:
         for name in ("cpuset.cpus", "cpuset.mems"):  # version 1: empty until copied from the parent
             if (folder / name).exists() and (hierarchy / name).exists():
                 (folder / name).write_text((hierarchy / name).read_text())
+        for name, weight in WEIGHTS.items():
+            if (folder / name).exists():
+                (folder / name).write_text(weight)
 
 
 def remove_cgroups(slot: Slot) -> None:
