@@ -37,7 +37,7 @@ from lanewise.spec_status import LLMServiceStatus, ModelStatus, RuntimeStatus
 
 BUSY_S = 3.0  # between looks at the fleet of a service that is changing
 UNREACHABLE_S = 60.0
-FIRST_RETRY_S, LONGEST_RETRY_S = 10.0, 300.0  # of what the API server refused
+FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 300.0  # of what the API server refused
 JITTER = 0.1
 
 log = structlog.get_logger(__name__)
