@@ -65,7 +65,8 @@ def test_layer_contracts_hold(contracts: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["lanewise.router.main", "lanewise.sim", "lanewise.client", "lanewise.local.commands"]
+    "module",
+    ["lanewise.router.main", "lanewise.operator.main", "lanewise.sim", "lanewise.client", "lanewise.local.commands"],
 )
 def test_starts_without_torch(module: str) -> None:
     if importlib.util.find_spec(module) is None:
