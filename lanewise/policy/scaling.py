@@ -14,10 +14,11 @@ from math import ceil, exp
 
 from lanewise.policy.scaling_allocate import Bounds, allocate
 from lanewise.policy.scaling_forecast import learn
-from lanewise.policy.scaling_need import MEMORY_S, Need, expected_late, need
+from lanewise.policy.scaling_need import LEARN_FROM, MEMORY_S, Need, need
 from lanewise.policy.scaling_types import Ceiling, Counts, Decision, Observation, RoleView, Rules, State
 
-HISTORY_S = 2400.0  # of bins: the longest window of the forecast and a little more
+HISTORY_S = 1935.0  # of bins: the longest window of the forecast
+LEAST_HISTORY_S = 60.0  # of demand before the first change, but for waking up
 MINUTE_S = 60.0
 LEAST_UP = 4  # workers that may be added in a minute however few there are
 LEAST_DOWN = 1
@@ -33,9 +34,12 @@ def decide(rules: Rules, state: State, seen: Observation) -> Decision:
     state = _remember(rules, state, seen)
     state = _note_blocked(rules, state, seen)
     wanted = need(rules, state, seen)
+    state = _learn(rules, state, seen, wanted)
     if _sleeps(rules, state, seen):
         return _asleep(rules, state, seen)
-    wish = _with_margin(rules, here, wanted)
+    wish = _with_margin(here, wanted)
+    if sum(bin.seconds for bin in state.bins) < LEAST_HISTORY_S and here.prefill + here.decode > 0:
+        wish = replace(wish, prefill=here.prefill, decode=here.decode)  # too little was seen to judge by
     state = replace(state, wishes=(*state.wishes, wish))
     steady = _stabilised(rules, state, seen, wish)
     return _bounded(rules, state, seen, wanted, steady)
@@ -51,8 +55,6 @@ def _remember(rules: Rules, state: State, seen: Observation) -> State:
     while len(bins) > 1 and seconds - bins[0].seconds > HISTORY_S:
         seconds -= bins[0].seconds
         bins = bins[1:]
-    fade = exp(-seen.demand.seconds / MEMORY_S)
-    expected = expected_late(rules, seen, bins) * seen.demand.attainable
     horizon = seen.at_s - max(rules.down_stabilization_s, rules.up_stabilization_s) - rules.period_s
     here = Counts(seen.at_s, seen.prefill.desired, seen.decode.desired)
     busy = seen.demand.requests > 0 or seen.running > 0 or seen.held > 0 or seen.queued_tokens > 0
@@ -63,9 +65,19 @@ def _remember(rules: Rules, state: State, seen: Observation) -> State:
         season=learn(state.season, seen.at_s, seen.demand.seconds, seen.demand.requests),
         wishes=tuple(wish for wish in state.wishes if wish.at_s >= horizon),
         made=(*(made for made in state.made if made.at_s > seen.at_s - MINUTE_S), here),
-        late_seen=state.late_seen * fade + seen.demand.ttft_late,
-        late_expected=state.late_expected * fade + expected,
         idle_since_s=None if busy else (seen.at_s if state.idle_since_s is None else state.idle_since_s),
+    )
+
+
+def _learn(rules: Rules, state: State, seen: Observation, wanted: Need) -> State:
+    """What was late beside what the formula expected, where it expected anything to speak of."""
+    if wanted.late_share < LEARN_FROM * rules.late_share:
+        return state
+    fade = exp(-seen.demand.seconds / MEMORY_S)
+    return replace(
+        state,
+        late_seen=state.late_seen * fade + seen.demand.ttft_late,
+        late_expected=state.late_expected * fade + wanted.late_share * seen.demand.attainable,
     )
 
 
@@ -110,7 +122,7 @@ def _asleep(rules: Rules, state: State, seen: Observation) -> Decision:
     return Decision(0, 0, f"{words}; {_now(here)}: {done}", state, wanted=nothing)
 
 
-def _with_margin(rules: Rules, here: Counts, wanted: Need) -> Counts:
+def _with_margin(here: Counts, wanted: Need) -> Counts:
     """Up as soon as it is needed; down only to what would be needed with a margin on the load."""
     prefill = wanted.prefill if wanted.prefill > here.prefill else min(here.prefill, wanted.prefill_keep)
     decode = wanted.decode if wanted.decode > here.decode else min(here.decode, wanted.decode_keep)

@@ -22,7 +22,7 @@ BUSY = 0.95  # of prefill time that may be planned with
 POOL = 0.92  # of a KV pool that may be planned with: decode admits up to .95
 STEP = 0.95  # of the TPOT target that a step may take
 MOST_SEQUENCES = 512.0  # a worker decodes together
-RARE = 1.65  # standard deviations of KV use that must fit: one step in twenty is crowded
+RARE = 1.9  # standard deviations of KV use that must fit: three moments in a hundred are crowded
 BATCH_SHARE = 0.12  # of the TTFT target: how long a batch of a length-aware worker lasts
 
 

@@ -18,7 +18,7 @@ from lanewise.policy.scaling_types import Season
 
 WINDOWS_S = (30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0)
 CONTRADICTION = 3.5  # standard errors at which a shorter window overrules a longer one
-SIGNIFICANT = 2.0  # standard errors from which a slope counts
+SIGNIFICANT = 3.5  # standard errors from which a slope counts: it is asked thousands of times a day
 MOST_GROWTH = 0.25  # of the level, up or down, that a trend may add
 MOST_SEASON = 0.5  # of the level, up or down, that the season may add
 

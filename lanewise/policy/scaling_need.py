@@ -6,7 +6,8 @@ Must not: know limits, windows or budgets (`scaling.py` does).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 from lanewise.policy.scaling_capacity import (
     DecodeLoad,
@@ -20,16 +21,20 @@ from lanewise.policy.scaling_capacity import (
 from lanewise.policy.scaling_forecast import Forecast, Sample, forecast, growth
 from lanewise.policy.scaling_types import Demand, Observation, Rules, State
 
-RECENT_S = 600.0  # over which the shape of requests (lengths, contexts) is taken
-MIN_REQUESTS = 30  # for that; where fewer came, the whole history is used
-DRAIN_S = 60.0  # in which a backlog beyond the usual is to be worked off
+MIN_REQUESTS = 30  # from which lengths and contexts are taken; where fewer came, the whole history is used
+BACKLOG = 10.0  # TTFT targets of work per worker that may wait: the late are served last, by design
+LEAST_BACKLOG_S = 30.0
+DRAIN_S = 120.0  # in which what waits beyond that is to be worked off
 KEEP = 0.04  # by how much the load must fall below what a count holds before the count is given up
-KEEP_ERRORS = 1.5  # and by how many standard errors of the forecast
-KEEP_MOST = 0.15
-CORRECTION = (0.3, 2.0)  # bounds of late shares measured over expected
+KEEP_ERRORS = 2.0  # and by how many standard errors of the forecast
+KEEP_MOST = 0.2
+CORRECTION = (0.1, 2.0)  # bounds of late shares measured over expected
 PRIOR_LATE = 10.0  # requests' worth of belief in PRIOR
 PRIOR = 0.6  # giving up the longest first loses fewer than the formula's random arrivals would
 MEMORY_S = 3600.0  # of the correction
+LEARN_FROM = 0.2  # of the late share allowed: below, the formula says too little to be judged
+
+_VALUES = attrgetter(*(item.name for item in fields(Demand)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +45,21 @@ class Need:
     decode: int
     prefill_keep: int
     decode_keep: int
+    late_share: float  # that the formula, uncorrected, expects of the ready workers at the present level
     words: str
     facts: dict[str, float]
 
 
 def need(rules: Rules, state: State, seen: Observation) -> Need:
     """The requirement for the moment when a worker asked for now would serve its first request."""
-    shape = recent(state.bins)
     horizon = seen.start_s + rules.period_s
     season = growth(state.season, seen.at_s, horizon)
-    work = work_of(rules, seen, shape)
     busy = forecast(work_samples(rules, seen, state.bins), horizon, season)
-    length = _mean(shape.output_tokens, shape.finished or shape.requests)
+    usual = recent(state.bins, busy.window_s)
+    length = _mean(usual.output_tokens, usual.finished or usual.requests)
     tokens = forecast(token_samples(state.bins, length), horizon, season)
+    shape = recent(state.bins, min(busy.window_s, tokens.window_s))
+    work = work_of(rules, seen, shape)
     correction = correction_of(state)
     prefill = _prefill(rules, seen, shape, work, busy, correction)
     decode, load = _decode(rules, seen, shape, tokens)
@@ -73,17 +80,19 @@ def need(rules: Rules, state: State, seen: Observation) -> Need:
         "decode_needed": float(decode[0]),
         "horizon_s": horizon,
     }
-    return Need(prefill[0], decode[0], prefill[1], decode[1], words, facts)
+    expected = late_share(seen.prefill.ready, busy.level, work, rules.ttft_s) if work.mean_s > 0 else 0.0
+    return Need(prefill[0], decode[0], prefill[1], decode[1], expected, words, facts)
 
 
-def recent(bins: tuple[Demand, ...]) -> Demand:
-    """The newest bins together: RECENT_S of them, more where few requests came."""
-    total = Demand()
-    for bin in reversed(bins):
-        if total.seconds >= RECENT_S and total.requests >= MIN_REQUESTS:
-            break
-        total += bin
-    return total
+def recent(bins: tuple[Demand, ...], window_s: float) -> Demand:
+    """The newest bins together: as long as the load has been what it is, and more where few requests came."""
+    seconds = requests = 0.0
+    first = len(bins)
+    while first > 0 and (seconds < window_s or requests < MIN_REQUESTS):
+        first -= 1
+        seconds += bins[first].seconds
+        requests += bins[first].requests
+    return Demand(*map(sum, zip(*map(_VALUES, bins[first:]), strict=True))) if bins else Demand()
 
 
 def work_of(rules: Rules, seen: Observation, shape: Demand) -> PrefillWork:
@@ -92,15 +101,6 @@ def work_of(rules: Rules, seen: Observation, shape: Demand) -> PrefillWork:
         seen.prefill.cost, rules.ttft_s, shape.requests, shape.uncached_tokens, shape.uncached_squares, shape.attended
     )
     return PrefillWork(work.mean_s * seen.prefill.correction, work.spread)
-
-
-def expected_late(rules: Rules, seen: Observation, bins: tuple[Demand, ...]) -> float:
-    """Share of the newest bin's prompts that the formula, uncorrected, expects to be late with the ready workers."""
-    work = work_of(rules, seen, recent(bins))
-    if not bins or work.mean_s <= 0:
-        return 0.0
-    level = forecast(work_samples(rules, seen, bins), 0.0).level
-    return late_share(seen.prefill.ready, level, work, rules.ttft_s)
 
 
 def correction_of(state: State) -> float:
@@ -133,7 +133,8 @@ def _prefill(
     if work.mean_s <= 0:
         return 0, 0
     waiting_s = max(seen.queued_tokens, 0.0) / max(_mean(shape.uncached_tokens, shape.requests), 1.0) * work.mean_s
-    excess = max(waiting_s - max(seen.prefill.ready, 1) * rules.ttft_s, 0.0) / DRAIN_S
+    usual_s = max(BACKLOG * rules.ttft_s, LEAST_BACKLOG_S) * max(seen.prefill.ready, 1)
+    excess = max(waiting_s - usual_s, 0.0) / DRAIN_S
     loads = (busy.value + excess, (busy.value + excess) * (1 + margin(busy)))
     low, high = (
         prefill_workers(load, work, rules.ttft_s, rules.late_share, correction, _beyond(rules.prefill_max))

@@ -25,6 +25,7 @@ from lanewise.policy.routing import ROUTE_NAMES
 from lanewise.sim.bound import Bound, bound
 from lanewise.sim.cluster import Outcome, SimConfig, simulate
 from lanewise.sim.report import label, plot, summarise, table
+from lanewise.sim.scaling_cli import add_scaling, run_scaling
 from lanewise.sim.service import Service, load_service
 from lanewise.sim.workload import (
     Workload,
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the result, a list for several policies; - is stdout")
     add("--plot", type=Path, metavar="FILE", help="write TTFT distributions as an image")
     add("--quiet", action="store_true", help="no progress bar")
+    add_scaling(parser, duration)
     return parser
 
 
@@ -185,6 +187,9 @@ def _run(args: argparse.Namespace) -> int:
     workload, cache = load_workload(args)
     base = _config(args, service, cache)
     names = [parse_policy(text) for text in args.policy or ["lanewise"]]
+    if args.scaling is not None:
+        batching, routing, _ = names[0]
+        return run_scaling(args, service, workload, replace(base, policy=batching, routing=routing))
     limit = certificate(base, workload) if args.bound and workload.concurrency is None else None
     console = Console(stderr=True)
     outcomes: list[tuple[str, Outcome]] = []

@@ -6,6 +6,7 @@ The rules of others are written from their documentation and get what each of th
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,13 +64,14 @@ class Schedule:
 
     def __init__(self, steps: Sequence[tuple[float, int, int]], start_s: float) -> None:
         self._steps, self._start_s, self.reason = list(steps), start_s, "schedule"
+        self._times = [step[0] for step in steps]
 
     def counts(self, measured: Measured, seen: Callable[[], Observation]) -> tuple[int, int]:
         """What is needed now, or when a pod asked for now would serve."""
-        ahead = measured.at_s + self._start_s + SYNC_S
-        now = [step for step in self._steps if step[0] <= measured.at_s][-1:] or self._steps[:1]
-        soon = [step for step in self._steps if measured.at_s < step[0] <= ahead]
-        return max(step[1] for step in now + soon), max(step[2] for step in now + soon)
+        first = max(bisect_right(self._times, measured.at_s) - 1, 0)
+        last = bisect_right(self._times, measured.at_s + self._start_s + SYNC_S)
+        steps = self._steps[first : max(last, first + 1)]
+        return max(step[1] for step in steps), max(step[2] for step in steps)
 
 
 class _Role:

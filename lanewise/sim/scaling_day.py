@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import cos, exp, pi, sqrt
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class Shape(NamedTuple):
     attainable: bool  # alone it would meet the TTFT target
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mix:
     """The requests of a trace, to draw from, and their means."""
 
@@ -38,11 +39,19 @@ class Mix:
     requests: tuple[Request, ...]
     shapes: tuple[Shape, ...]
 
-    @property
+    @cached_property
     def work_s(self) -> float:
         return sum(shape.work_s for shape in self.shapes) / len(self.shapes)
 
-    @property
+    @cached_property
+    def prompt_tokens(self) -> float:
+        return sum(shape.prompt for shape in self.shapes) / len(self.shapes)
+
+    @cached_property
+    def uncached_tokens(self) -> float:
+        return sum(shape.uncached for shape in self.shapes) / len(self.shapes)
+
+    @cached_property
     def output_tokens(self) -> float:
         return sum(shape.output for shape in self.shapes) / len(self.shapes)
 

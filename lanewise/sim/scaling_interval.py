@@ -23,7 +23,6 @@ from lanewise.sim.scaling_controllers import SYNC_S, Controller, Measured
 from lanewise.sim.scaling_day import Day, Mix, Period, periods
 from lanewise.sim.scaling_response import Response
 
-
 STABLE = 0.95  # of the rate that fills the pools on average: above it a queue grows for ever
 
 
@@ -121,6 +120,7 @@ class _Run:
         self.work_s = 0.0  # prefill work that waits or runs, in seconds of one worker
         self.behind = 0.0  # requests that decode has not begun because it is full
         self.served_output = 0.0
+        self.held: dict[int, float] = {}  # sequences per decode worker, by count: where the next search starts
         self.draw = random.Random(world.seed + 1)
         self.result = Result(moves=[(0.0, *first, "start")])
 
@@ -163,14 +163,15 @@ class _Run:
         """(sequences under way, share of KV in use), random as a number of customers is."""
         world, capacity = self.world, self.world.profile.kv_capacity_tokens
         output = world.mix.output_tokens
-        context = sum(s.prompt for s in world.mix.shapes[:1000]) / min(len(world.mix.shapes), 1000) + output
+        context = world.mix.prompt_tokens + output
         full = STABLE * world.response.full_rate * d
         self.behind = max(self.behind + (rate - full) * SYNC_S, 0.0)
-        held = 0.5
-        for _ in range(12):  # Little's law with steps that grow with what is held
+        held = self.held.get(d, 0.5)
+        for _ in range(3 if d in self.held else 12):  # Little's law with steps that grow with what is held
             held = min(
                 min(rate, full) / max(d, 1) * output * step_s(held, context, world.profile.cost), capacity / context
             )
+        self.held[d] = held
         mean = held * d
         running = max(self.draw.gauss(mean, sqrt(mean)), 0.0) if mean > 0 else 0.0
         return running + self.behind, min(running * context / max(d * capacity, 1), 1.0)
@@ -195,7 +196,7 @@ class _Run:
 
     def _observation(self, now: float, measured: Measured, demand: Demand) -> Observation:
         world, profile = self.world, self.world.profile
-        tokens = sum(s.uncached for s in world.mix.shapes[:1000]) / min(len(world.mix.shapes), 1000)
+        tokens = world.mix.uncached_tokens
         roles = [
             RoleView(
                 pods.desired,

@@ -86,8 +86,7 @@ class Response:
 
 def full_rate(mix: Mix, profile: Profile, tpot_target_s: float) -> float:
     """Requests a second of a decode worker whose pool, or step time, is just full on average."""
-    prompt = sum(shape.prompt for shape in mix.shapes) / len(mix.shapes)
-    context = prompt + mix.output_tokens
+    context = mix.prompt_tokens + mix.output_tokens
     held = profile.kv_capacity_tokens / context
     while held > 1 and step_s(held, context, profile.cost) > tpot_target_s:
         held *= 0.98

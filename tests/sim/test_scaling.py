@@ -1,0 +1,144 @@
+"""The simulated day: the interval model against the event simulator, schedules, draining, zero, the command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lanewise.policy.profile import make_profile
+from lanewise.policy.scaling_types import Rules
+from lanewise.sim.cli import main
+from lanewise.sim.cluster import SimConfig
+from lanewise.sim.report import summarise
+from lanewise.sim.scaling_cluster import ScaledService, simulate_scaled
+from lanewise.sim.scaling_controllers import HpaUtilisation, KedaQueue, Measured, Policy, Schedule, Threshold
+from lanewise.sim.scaling_day import Day, Mix, arrivals, mix_of, periods
+from lanewise.sim.scaling_interval import World, run, turns
+from lanewise.sim.scaling_response import Response, prefill_cell
+from lanewise.sim.workload import Request, Workload, read_trace
+
+ROOT = Path(__file__).parent.parent.parent
+PROFILE = make_profile("qwen2.5-32b", "h200", 1, compute_efficiency=0.55)
+TTFT_S, TPOT_S, START_S = 1.0, 0.05, 60.0
+RULES = Rules(1, 6, 1, 6, TTFT_S, TPOT_S, max_ratio_percent=1000)
+HOUR = 3600.0
+
+
+def mix() -> Mix:
+    return mix_of(read_trace(ROOT / "tests/data/traces/azure_llm_2023_conv_600.csv"), PROFILE.cost, TTFT_S, False)
+
+
+def response() -> Response:
+    data = json.loads((ROOT / "benchmarks/data/scaling_response.json").read_text(encoding="utf-8"))
+    return Response.from_mapping(data["azure conv"])
+
+
+def config(count: int = 6) -> SimConfig:
+    workers = (PROFILE,) * count
+    return SimConfig(workers, workers, ttft_target_s=TTFT_S, tpot_target_s=TPOT_S, max_batch_tokens=8192)
+
+
+def observed(prefill: int = 1, decode: int = 1, **changes: float) -> Measured:
+    return replace(Measured(0.0, prefill, decode, prefill, decode, 0.5, 0.0, 1.0, 10.0, 0.3), **changes)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_the_interval_model_agrees_with_the_event_simulator(fixed: bool) -> None:
+    """The same rise and fall of load, the same controller, request by request and by intervals."""
+    day = Day(11.0, 11.0 / 4, seconds=1.0 * HOUR)
+    world = World.make(day, mix(), response(), PROFILE, TTFT_S, TPOT_S, START_S, seed=3)
+    steps = [(0.0, 1, 1), (1200.0, 2, 1), (3000.0, 1, 1)]
+
+    def controller() -> Schedule | Policy:
+        return Schedule(steps, START_S) if fixed else Policy(RULES)
+
+    quick = run(world, controller(), (2, 1))
+    service = ScaledService(config(), (2, 1), START_S)
+    outcome, scaled = simulate_scaled(service, arrivals(day, mix(), 3), controller())
+    share = summarise(outcome, TTFT_S, TPOT_S, None)["slo_attainment"]
+    assert quick.attained == pytest.approx(share, abs=0.015)
+    assert quick.gpu_hours == pytest.approx(scaled.gpu_hours, rel=0.02 if fixed else 0.12)
+
+
+def test_a_cell_of_the_response_table_is_what_the_event_simulator_gives() -> None:
+    full = mix_of(read_trace(ROOT / "benchmarks/data/azure_llm_2023_conv.csv.gz"), PROFILE.cost, TTFT_S, False)
+    share, kept = prefill_cell(full, PROFILE, TTFT_S, "none", 2, 0.8, seed=9)
+    table = response()
+    assert share == pytest.approx(table.attained.at(2, 0.8), abs=0.01)
+    assert kept == pytest.approx(table.kept.at(2, 0.8), abs=0.01)
+
+
+def test_every_request_ends_once_while_workers_come_and_go() -> None:
+    day = Day(9.0, 9.0, seconds=600.0)
+    workload = arrivals(day, mix(), 1)
+    steps = [(0.0, 2, 2), (120.0, 1, 1), (240.0, 3, 2), (360.0, 1, 1), (480.0, 2, 1)]
+    outcome, scaled = simulate_scaled(ScaledService(config(), (2, 2), 5.0), workload, Schedule(steps, 5.0))
+    assert len(outcome.tracks) == len(workload.requests)
+    assert all(track.end_s is not None and track.ttft_s is not None for track in outcome.tracks)
+    assert [move[1:3] for move in scaled.moves] == [(2, 2), (1, 1), (3, 2), (1, 1), (2, 1)]
+    busy = (4 * 120 + 2 * 120 + 5 * 120 + 2 * 120 + 3 * 120) / HOUR
+    assert busy <= scaled.gpu_hours <= 1.15 * busy + 0.1  # starting and draining workers count
+
+
+def test_at_zero_requests_are_held_until_a_worker_is_up() -> None:
+    requests = tuple(Request(i, 300.0 + i, 500, 20) for i in range(5))
+    rules = replace(RULES, zero_after_s=60.0)
+    outcome, scaled = simulate_scaled(ScaledService(config(), (1, 1), 20.0), Workload("w", requests), Policy(rules))
+    assert (0, 0) in [move[1:3] for move in scaled.moves]
+    waits = [track.ttft_s for track in outcome.tracks]
+    assert all(wait is not None and 0 < wait < 60 for wait in waits)
+    assert scaled.gpu_hours < 2 * 300 / HOUR
+
+
+def test_days_are_seeded_and_swing_as_asked() -> None:
+    day = Day(40.0, 10.0)
+    assert day.rate(4 * HOUR) == pytest.approx(10.0)
+    assert day.rate(16 * HOUR) == pytest.approx(40.0)
+    short = Day(20.0, 20.0, seconds=900.0)
+    first, again, other = (list(periods(short, mix(), 15, seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert sum(p.demand.requests for p in first) == pytest.approx(20 * 900, rel=0.05)
+    assert sum(map(sum, (p.work_s for p in first))) == pytest.approx(20 * 900 * mix().work_s, rel=0.05)
+    assert arrivals(short, mix(), 1) == arrivals(short, mix(), 1)
+
+
+def test_turns_count_changes_of_direction() -> None:
+    assert turns([1, 2, 3, 3, 2, 1]) == 1
+    assert turns([1, 2, 1, 2]) == 2
+    assert turns([3, 3, 3]) == 0
+
+
+def test_the_rules_of_others() -> None:
+    nothing = None
+    hpa = HpaUtilisation(0.7, 0.7, (8, 8))
+    assert hpa.counts(observed(2, 1, prefill_busy=0.95), lambda: nothing) == (3, 1)  # type: ignore[arg-type, return-value]
+    keda = KedaQueue(2.0, 20.0, (8, 8))
+    assert keda.counts(observed(1, 1, prefill_outstanding=5, decode_running=50), lambda: nothing) == (3, 3)  # type: ignore[arg-type, return-value]
+    rule = Threshold(0.8, 5.0, 0.5, (8, 8), 60.0)
+    busy = observed(1, 1, prefill_waiting=6, decode_kv=0.9)
+    assert rule.counts(busy, lambda: nothing) == (2, 2)  # type: ignore[arg-type, return-value]
+    assert rule.counts(replace(busy, at_s=15.0), lambda: nothing) == (1, 1)  # type: ignore[arg-type, return-value]
+
+
+def test_the_command_prints_gpu_hours_attainment_and_every_move(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        "apiVersion: lanewise.io/v1alpha1\nkind: ScalingPolicy\nmetadata: {name: chat}\n"
+        "spec:\n  targetRef: {name: chat}\n  prefill: {min: 1, max: 4}\n  decode: {min: 1, max: 4}\n"
+        '  schedules: [{cron: "1 0 * * *", duration: 5m, decode: {min: 2}}]\n'
+    )
+    service = str(ROOT / "deploy/samples/sim-h200-qwen2.5-32b.yaml")
+    trace = str(ROOT / "tests/data/traces/azure_llm_2023_conv_600.csv")
+    assert main([service, "--trace", trace, "--scaling", str(policy), "--json", "-", "--rate-scale", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["requests"] == 600
+    assert found["gpu_hours"] > 0
+    assert 0 < found["slo_attainment"] <= 1
+    assert any(move["decode"] == 2 and '"1 0 * * *"' in move["reason"] for move in found["moves"])
+    assert main([service, "--trace", trace, "--scaling", service]) == 2
