@@ -13,6 +13,7 @@ help:  ## list the targets
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[control,worker,dev,plot]'
+	-@$(BIN)/python -m lanewise.kernels.cpu_build  # else the first worker does it while somebody waits
 	@touch $@
 
 install: $(VENV)/.installed  ## make .venv with everything in it
@@ -54,6 +55,7 @@ soak: install  ## long chaos, fuzz and load
 bench: bench-sim  ## measurements; never part of the tests
 	$(BIN)/python benchmarks/router_overhead.py
 	$(BIN)/python benchmarks/kv_channel.py
+	$(BIN)/python benchmarks/kernels.py
 
 bench-sim: install  ## the scheduling tables of docs/scheduling.md
 	-$(BIN)/python benchmarks/sim_table.py

@@ -87,6 +87,7 @@ def main() -> int:
     if options.make:
         make_model(options.make)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         servers = list(choose(options, folder))
@@ -108,6 +109,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", type=Path, help="a Hugging Face model directory")
     parser.add_argument("--make", type=Path, metavar="DIR", help="write the random 118 M Qwen2 there and end")
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment that holds vLLM for CPUs")
+    parser.add_argument("--vllm-flag", action="append", default=[], metavar="FLAG", help="such as --enforce-eager")
     parser.add_argument("--split", action="store_true", help="also 1 prefill + 1 decode worker, a core each")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--only", action="append", metavar="NAME", help=f"of {', '.join(load.name for load in LOADS)}")
@@ -157,7 +159,7 @@ def choose(options: argparse.Namespace, folder: Path) -> Iterator[Server]:
     if options.vllm:
         port = free_port()
         flags = ["serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
-        flags += ["--max-model-len", "2048", "--served-model-name", "m"]
+        flags += ["--max-model-len", "2048", "--served-model-name", "m", *options.vllm_flag]
         cores = f"0-{(os.cpu_count() or 1) - 1}"
         environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_NO_USAGE_STATS": "1"}
         command = [options.vllm, "-m", "vllm.entrypoints.cli.main", *flags]

@@ -4,7 +4,8 @@ Owns: the choice of instructions, the compiler command, the cache of built libra
 Must not: load the library (native.py does) or fail because no compiler is there: the caller then computes with torch.
 
 A library is named after its sources, flags and instructions, so a stale one is never found. `python -m
-lanewise.kernels.cpu_build DIRECTORY` builds every variant, for images without a compiler: set LANEWISE_NATIVE_DIR.
+lanewise.kernels.cpu_build` builds what this machine uses into the cache; with a DIRECTORY it builds every variant
+there, for images without a compiler: set LANEWISE_NATIVE_DIR.
 """
 
 from __future__ import annotations
@@ -150,8 +151,18 @@ def _writable_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="lanewise-native-"))
 
 
-if __name__ == "__main__":
-    where = Path(sys.argv[1]) if len(sys.argv) == 2 else sys.exit("usage: cpu_build DIRECTORY")
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        print(library(best_variant(cpu_flags())))
+        return
+    where = Path(arguments[0])
     where.mkdir(parents=True, exist_ok=True)
-    for each in VARIANTS:
-        print(build(each, where))
+    for variant in VARIANTS:
+        print(build(variant, where))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except CannotBuild as error:
+        sys.exit(f"no native CPU kernels, torch will compute: {error}")
