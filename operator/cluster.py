@@ -85,6 +85,7 @@ class Cluster:
         self._config = config
         self._client: ApiClient | None = None
         self.fence = Fence()
+        self._sending: set[asyncio.Future[dict[str, Any]]] = set()
         self.last_answer = 0.0  # monotonic time of the last answer of any kind
         self._requests = metrics.counter(
             "api_requests_total", "Requests to the Kubernetes API.", ("verb", "kind", "code")
@@ -192,9 +193,25 @@ class Cluster:
         token = _fence.set(self.fence if fenced else None)
         try:
             await _check_fence()
-            return await self._send(method, path, kind, body=body, query=query, content_type=content_type)
+            sending = asyncio.ensure_future(
+                self._send(method, path, kind, body=body, query=query, content_type=content_type)
+            )
+            self._sending.add(sending)
+            sending.add_done_callback(self._sent)
+            # Once it has begun it is finished, even where its caller is cancelled: see quiet().
+            return await asyncio.shield(sending)
         finally:
             _fence.reset(token)
+
+    def _sent(self, sending: asyncio.Future[dict[str, Any]]) -> None:
+        self._sending.discard(sending)
+        if not sending.cancelled():
+            sending.exception()  # whoever waited has it; where nobody waits any more it is of no use
+
+    async def quiet(self) -> None:
+        """Returns when no write is under way; a Lease that is released before that would be released too early."""
+        if self._sending:
+            await asyncio.wait(self._sending, timeout=REQUEST_TIMEOUT_S)
 
     async def _send(
         self,

@@ -22,7 +22,7 @@ import structlog
 
 from lanewise.config import OperatorConfig, parse_config
 from lanewise.errors import ConfigError
-from lanewise.operator.cluster import Cluster
+from lanewise.operator.cluster import ApiError, Cluster, Unavailable
 from lanewise.operator.fleet import FleetClient
 from lanewise.operator.handlers import Watcher
 from lanewise.operator.kinds import KINDS, Kind
@@ -39,6 +39,7 @@ from lanewise.telemetry import Metrics, setup_logging
 EXIT_USAGE, EXIT_LOST = 2, 3
 LOST_S = 1.5  # from the loss of the Lease to the end of the process, at most
 SKIPPED_S = 60.0
+DEFINITION_S = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -129,10 +130,9 @@ class Operator:
         scope = Scope(self.cluster, self._config.namespaces, elector.identity, lambda _: self._wake_all(leading))
         watcher = Watcher(self._config, lambda *news: self._on_event(leading, *news), EXTRA_KINDS)
         hold = asyncio.create_task(elector.hold(), name="lease")
-        tasks = [hold, asyncio.create_task(scope.run()), asyncio.create_task(watcher.failed.wait())]
+        tasks = [hold, asyncio.create_task(scope.run()), asyncio.create_task(self._watch(watcher))]
         tasks.append(asyncio.create_task(leading.queue.run(lambda key: self._look(leading, scope, key), self._workers)))
         tasks += [asyncio.ensure_future(task(leading)) for task in LEADER_TASKS]
-        watcher.start()
         stop = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait({*tasks, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -141,12 +141,28 @@ class Operator:
                 return self._fall(next(task for task in tasks if task.done()))
             log.info("stopping")
             await watcher.stop()
-            await _cancel(tasks[1:])  # what is being written now is written under the Lease
+            await _cancel(tasks[1:])
+            await self.cluster.quiet()  # what is being written now is written under the Lease
             await _cancel([hold])
             await elector.release()
             return 0
         finally:
             await _cancel([*tasks, stop])
+
+    async def _watch(self, watcher: Watcher) -> None:
+        """Returns when the watches have ended by themselves. kopf never learns of kinds that come after its start."""
+        for kind in ("LLMService", *EXTRA_KINDS):
+            while not await self._serves(kind):
+                log.warning("waiting_for_definition", kind=kind)
+                await asyncio.sleep(DEFINITION_S)
+        watcher.start()
+        await watcher.failed.wait()
+
+    async def _serves(self, kind: str) -> bool:
+        try:
+            return await self.cluster.has_kind(kind)
+        except (ApiError, Unavailable):
+            return False
 
     @property
     def _workers(self) -> int:
