@@ -23,6 +23,7 @@ COOLDOWN_S = 10.0  # an instance that moved stays; with PERIOD_S this follows a 
 HYSTERESIS = 0.5  # one lane must be this much worse off than the other
 HOT = 0.5  # of the target: below this predicted P90 nobody is in need
 MINIMUM = 1  # instances a lane keeps
+DEFAULT_BOUNDARY = 256  # tokens, before anything is learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,17 @@ def pressure(views: Sequence[WorkerView], tokens: int, target_s: float) -> float
     return times[ceil(0.9 * len(times)) - 1] / target_s
 
 
-def propose_move(prefill: Sequence[WorkerView], p90_tokens: Mapping[Lane, int], target_s: float) -> LaneMove | None:
+def propose_move(
+    prefill: Sequence[WorkerView],
+    p90_tokens: Mapping[Lane, int],
+    target_s: float,
+    shares: Mapping[Lane, float] | None = None,
+) -> LaneMove | None:
     """At most one move: from the lane at ease to the lane in need, never below the minimum, never inside the cool-down.
 
-    The cool-down counts for every instance of either lane, so that each move is judged before the next.
+    The cool-down counts for every instance of either lane, so that each move is judged before the next. `shares` of
+    the recent work: a lane keeps as many instances as its share needs. Its pressure alone says too little: it stays
+    low until the last instance that could be spared is gone, and then one is drawn back, for ever.
     """
     lanes = {lane: [view for view in prefill if view.stats.lane is lane] for lane in (Lane.SHORT, Lane.LONG)}
     if not all(lanes.values()) or any(v.stats.lane_age_s < COOLDOWN_S for views in lanes.values() for v in views):
@@ -57,6 +65,8 @@ def propose_move(prefill: Sequence[WorkerView], p90_tokens: Mapping[Lane, int], 
     load = {lane: pressure(views, p90_tokens.get(lane, 0), target_s) for lane, views in lanes.items()}
     hot, cold = sorted(load, key=lambda lane: -load[lane])
     if load[hot] < HOT or load[hot] <= (1 + HYSTERESIS) * load[cold] or len(lanes[cold]) <= MINIMUM:
+        return None
+    if shares is not None and len(lanes[cold]) - 1 < shares.get(cold, 0.0) * sum(map(len, lanes.values())) - 0.5:
         return None
     movable = [view for view in lanes[cold] if view.ready and not view.stats.draining]
     if not movable:
@@ -108,7 +118,7 @@ class LaneController:
         self._fixed = fixed_tokens
         self._move = move
         self._recent: deque[int] = deque(maxlen=1000)
-        self.boundary = fixed_tokens or 256
+        self.boundary = fixed_tokens or DEFAULT_BOUNDARY
         self.moves = 0
 
     @staticmethod
@@ -137,7 +147,8 @@ class LaneController:
             short = [length for length in ordered if length <= self.boundary] or ordered[:1]
             long = [length for length in ordered if length > self.boundary] or ordered[-1:]
             p90 = {Lane.SHORT: short[int(0.9 * (len(short) - 1))], Lane.LONG: long[int(0.9 * (len(long) - 1))]}
-            move = propose_move(prefill, p90, self._target_s)
+            share = sum(length for length in ordered if length <= self.boundary) / sum(ordered)
+            move = propose_move(prefill, p90, self._target_s, {Lane.SHORT: share, Lane.LONG: 1 - share})
         self.moves += move is not None
         return move
 
@@ -153,5 +164,8 @@ class LaneController:
 
 LANE_CONTROLLERS: dict[str, Callable[[float], LaneController]] = {
     "learned": lambda target_s: LaneController(target_s),
-    "laps-pools": lambda target_s: LaneController(target_s, 256, lambda _, prefill: published_move(prefill)),
+    "fixed": lambda target_s: LaneController(target_s, DEFAULT_BOUNDARY),
+    "laps-pools": lambda target_s: LaneController(
+        target_s, DEFAULT_BOUNDARY, lambda _, prefill: published_move(prefill)
+    ),
 }

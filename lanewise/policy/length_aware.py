@@ -56,11 +56,12 @@ class LengthAware(BatchPolicy):
     # -- the queue
 
     def add(self, job: Job) -> None:
-        self._rate.observe(job.arrival_s)
-        self._surprises.arrival(job.arrival_s, QUANTUM * self._target_s)
-        target = job.ttft_deadline_s - job.arrival_s
-        if 0 < target < inf:
-            self._target_s += 0.1 * (target - self._target_s)
+        if job.key not in self.jobs:  # a worker adds a job again when it knows its cache hit: that is no arrival
+            self._rate.observe(job.arrival_s)
+            self._surprises.arrival(job.arrival_s, QUANTUM * self._target_s)
+            target = job.ttft_deadline_s - job.arrival_s
+            if 0 < target < inf:
+                self._target_s += 0.1 * (target - self._target_s)
         super().add(job)
 
     def observe(self, plan: BatchPlan, now: float, duration_s: float) -> None:

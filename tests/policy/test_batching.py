@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lanewise.policy.batching import POLICY_NAMES, BatchPlan, BatchPolicy, Job, make_batch_policy
+from lanewise.policy.length_aware import LengthAware
 from lanewise.policy.profile import make_profile
 
 COST = make_profile("qwen2.5-32b", "h200", 1).cost
@@ -204,3 +205,17 @@ def test_quantum_follows_target_and_model() -> None:
 
     assert planned(0.8, 1.0) > 1.5 * planned(0.4, 1.0)
     assert planned(0.4, 0.5) > 1.5 * planned(0.4, 1.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(arrivals)
+def test_a_job_that_is_added_again_is_no_new_arrival(trace: list[tuple[float, int, int]]) -> None:
+    """A worker does so when it learns its cache hit; the window's rate and the closed-loop sign must not see double."""
+
+    class Twice(LengthAware):
+        def add(self, job: Job) -> None:
+            super().add(job)
+            super().add(job)
+
+    once, twice = (kind(max_batch_tokens=512, cost=COST) for kind in (LengthAware, Twice))
+    assert _drive(once, _jobs(trace)).plans == _drive(twice, _jobs(trace)).plans
