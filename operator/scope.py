@@ -18,7 +18,8 @@ from lanewise.operator.cluster import ApiError, Cluster, Unavailable
 
 MARKER = "lanewise-namespace"
 DURATION_S = 60
-PERIOD_S = 20.0
+MARK_S = 20.0  # between two renewals of our markers
+LOOK_S = 5.0  # between two looks at those of others: so long may two operators work in one namespace
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +51,7 @@ class Scope:
                 await self.step()
             except (ApiError, Unavailable) as error:
                 log.warning("scope_not_updated", error=str(error))
-            await asyncio.sleep(PERIOD_S)
+            await asyncio.sleep(MARK_S if self._namespaces else LOOK_S)
 
     async def step(self) -> None:
         """One round: keep our markers, or look at those of others."""
