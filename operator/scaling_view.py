@@ -13,6 +13,7 @@ from typing import Any
 
 from lanewise.operator import names
 from lanewise.operator.observed import Known
+from lanewise.operator.status_pods import FAILING
 from lanewise.policy.cost import CostModel
 from lanewise.policy.scaling_types import Demand, Observation, RoleView
 
@@ -156,7 +157,7 @@ def _role(
     desired = int(deployment["spec"].get("replicas", 1)) if deployment is not None else 0
     alive = [pod for pod in pods if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")]
     staying = [pod for pod in alive if "deletionTimestamp" not in pod["metadata"]]
-    pending = [pod for pod in staying if pod.get("status", {}).get("phase", "Pending") == "Pending"]
+    pending = [pod for pod in staying if _cannot_start(pod)]
     ages = [(now - _time(pod["metadata"]["creationTimestamp"])).total_seconds() for pod in pending]
     cost = memory.costs.get(role) or memory.costs.get("decode") or CostModel()
     return RoleView(
@@ -171,6 +172,16 @@ def _role(
         watts=max((float(item.counters.get("gpu_watts", 0)) for item in stats), default=0.0),
         correction=_correction(stats, cost) if role == "decode" else 1.0,
     )
+
+
+def _cannot_start(pod: Manifest) -> bool:
+    """No node has room for it, or its image does not come. A pod whose containers are being made is on its way."""
+    status = pod.get("status", {})
+    if status.get("phase", "Pending") != "Pending":
+        return False
+    scheduled = any(c["type"] == "PodScheduled" and c["status"] == "True" for c in status.get("conditions", []))
+    waiting = (item.get("state", {}).get("waiting", {}) for item in status.get("containerStatuses", []))
+    return not scheduled or any(item.get("reason") in FAILING for item in waiting)
 
 
 def gpus_of(deployment: Manifest | None) -> int:

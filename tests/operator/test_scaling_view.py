@@ -136,6 +136,13 @@ def test_pods_are_counted_by_what_they_hold() -> None:
     seen = look(found, [reply("a")], Memory())
     assert (seen.prefill.desired, seen.prefill.ready, seen.prefill.pending, seen.prefill.pending_s) == (3, 1, 2, 90.0)
     assert (seen.decode.ready, seen.decode.terminating) == (1, 1)
+    found.children["Pod", "p1"]["status"]["conditions"].append({"type": "PodScheduled", "status": "True"})
+    found.children["Pod", "p1"]["status"]["containerStatuses"] = [
+        {"state": {"waiting": {"reason": "ContainerCreating"}}}
+    ]
+    assert look(found, [reply("a")], Memory()).prefill.pending == 1  # its containers are being made: it is on its way
+    found.children["Pod", "p1"]["status"]["containerStatuses"] = [{"state": {"waiting": {"reason": "ErrImagePull"}}}]
+    assert look(found, [reply("a")], Memory()).prefill.pending == 2
     assert (seen.prefill.gpus, seen.decode.gpus) == (1, 2)
     assert seen.start_s == 20.0
 
