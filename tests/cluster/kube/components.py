@@ -124,20 +124,13 @@ CORE: tuple[Component, ...] = (
         "sigs.k8s.io/kwok",
         "v0.8.0",
         {"kwok": "sigs.k8s.io/kwok/cmd/kwok"},
-        data=("kustomize/stage/node/fast", "kustomize/stage/pod/fast"),
+        data=tuple(f"kustomize/stage/{name}" for name in ("node/fast", "node/heartbeat-with-lease", "pod/fast")),
     ),
     Component(
         "cyclonus",
         "github.com/mattfenwick/cyclonus",
         "v0.5.6",
         {"cyclonus": "github.com/mattfenwick/cyclonus/cmd/cyclonus"},
-    ),
-    Component(
-        "helm3",
-        "helm.sh/helm/v3",
-        HELM3,
-        {"helm3": "helm.sh/helm/v3/cmd/helm"},
-        stamps=(f"helm.sh/helm/v3/internal/version.version={HELM3}",),
     ),
 )
 """What `make test-cluster` needs."""
@@ -153,6 +146,13 @@ SOAK: tuple[Component, ...] = (
         },
         replaces=True,
         data=("config/crd/bases",),
+    ),
+    Component(
+        "helm3",
+        "helm.sh/helm/v3",
+        HELM3,
+        {"helm3": "helm.sh/helm/v3/cmd/helm"},
+        stamps=(f"helm.sh/helm/v3/internal/version.version={HELM3}",),
     ),
 )
 """What only `make soak` needs: ten more minutes of compiling."""

@@ -19,17 +19,20 @@ TAINT = {"key": "kwok.x-k8s.io/node", "value": "fake", "effect": "NoSchedule"}
 FAKE: dict[str, Any] = {"nodeSelector": LABEL, "tolerations": [TAINT]}
 """Pod spec fields that send a pod to the fake node."""
 MAX_PODS = "2000"
+LEASE_S = 40
 
 
 def fake_node(cluster: Cluster) -> None:
     """A node on which every pod is Ready at once and costs nothing; made once per cluster."""
     if cluster.find("node", NODE):
         return
-    stages = sorted(str(path) for path in gobuild.data_dir("kwok").rglob("*.yaml") if "kustomization" not in path.name)
+    found = gobuild.data_dir("kwok").rglob("*.yaml")
+    stages = sorted(str(path) for path in found if path.stem != "kustomization" and path.parent.name != "testdata")
     slot = cluster.slot
     cluster.start(
         [
             *("kwok", f"--kubeconfig={slot.kubeconfig}", "--manage-nodes-with-label-selector=type=kwok"),
+            f"--node-lease-duration-seconds={LEASE_S}",
             *(f"--cidr={slot.fake_pod_cidr}", f"--node-ip={slot.node_ip}", f"--node-name={NODE}"),
             *(f"--config={stage}" for stage in stages),
         ]

@@ -46,7 +46,8 @@ def missing(components: Iterable[Component] = CORE) -> list[str]:
     """Names of the programs that are not built yet; what KUBEBUILDER_ASSETS holds is not built."""
     components = list(components)
     found = {path.name for folder in bin_dirs(components) if folder.is_dir() for path in folder.iterdir()}
-    return [name for part in components for name in part.commands if name not in found]
+    bare = {part.name for part in components if not all((data_dir(part.name) / name).exists() for name in part.data)}
+    return [name for part in components for name in part.commands if name not in found or part.name in bare]
 
 
 def data_dir(name: str) -> Path:
