@@ -14,7 +14,7 @@ from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.sim.service import load_profile
 from tests.e2e.service import Service, generate_all, request, running, service_file, until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
 LANES_S = 40.0  # one move every 5 s at most, and two instances to place
 
 

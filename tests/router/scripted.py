@@ -66,6 +66,7 @@ class ScriptedWorker(pb_grpc.WorkerServicer):
         self.submits: list[pb.Submit] = []
         self.cancels: list[pb.Cancel] = []
         self.peers: list[pb.Peers] = []
+        self.lanes: list[pb.SetLane] = []
         self.hellos: list[pb.RouterHello] = []
         self.stream: Stream | None = None
         self.mute = False  # answers nothing, pings included
@@ -163,6 +164,8 @@ class ScriptedWorker(pb_grpc.WorkerServicer):
                     self.cancels.append(message.cancel)
                 case "ping":
                     self.say(pong=pb.Pong(number=message.ping.number))
+                case "set_lane":
+                    self.lanes.append(message.set_lane)
                 case "peers":
                     self.peers.append(message.peers)
                     self.say(stats=self.stats())
