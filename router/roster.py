@@ -185,7 +185,8 @@ class Roster:
             return
         del self._sessions[identity.incarnation]
         keys = list(session.carried)
-        tell = log.info if reason is STOPPING else log.warning
+        expected = reason is STOPPING or (session.stats.draining and not keys)
+        tell = log.info if expected else log.warning
         tell("session_lost", worker=identity.name, incarnation=identity.incarnation, reason=reason, requests=len(keys))
         if identity.role is Role.DECODE:
             self._tell_peers(lambda other: True)

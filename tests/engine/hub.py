@@ -1,4 +1,4 @@
-"""A hub on loopback: a real HTTP server that speaks what huggingface_hub asks, and counts what it is asked for.
+"""A hub on this machine: a real HTTP server that speaks what huggingface_hub asks, and counts what it is asked for.
 
 One model repository with one commit. Throttled on demand, so that a download can be killed half-way.
 """
@@ -23,7 +23,7 @@ LARGE_BYTES = 1 << 20  # from here on a file is in LFS and has a sha256
 class Hub:
     """Serves `files` as REPO at COMMIT; `main` points to it."""
 
-    def __init__(self, files: Mapping[str, bytes], token: str = "") -> None:
+    def __init__(self, files: Mapping[str, bytes], token: str = "", host: str = "127.0.0.1") -> None:
         self.files = dict(files)
         self.token = token
         self.gets: list[tuple[str, int]] = []  # (file, first byte) of every download
@@ -44,13 +44,14 @@ class Hub:
 
             def log_message(self, format: str, *args: object) -> None: ...
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer((host, 0), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        host, port = self._server.server_address[:2]
+        return f"http://{host!s}:{port}"
 
     def __enter__(self) -> Hub:
         self._thread.start()
