@@ -17,11 +17,14 @@ import yaml
 
 from lanewise.operator.crd import definitions
 from tests.cluster import torch
+from tests.cluster.kube import gobuild
 from tests.cluster.kube.chart import CHART, INSTALL_DEADLINE, Chart, image_values, install
 from tests.cluster.kube.cluster import Cluster, condition
-from tests.cluster.kube.tools import CommandFailed, call, program, wait_for
+from tests.cluster.kube.components import SOAK
+from tests.cluster.kube.tools import program, wait_for
 from tests.cluster.test_chart_render import NAMESPACE as RENDERED
 from tests.cluster.test_chart_render import SETS, render
+from tests.cluster.two_operators import wait_left_alone
 
 NOWHERE = {"spec": {"nodeSelector": {"kubernetes.io/hostname": "nowhere"}}}
 ROLES = ("router", "prefill", "decode")
@@ -102,12 +105,14 @@ def test_install_upgrade_rollback_uninstall_reinstall(own_cluster: Cluster, name
     wait_for(lambda: has_children(cluster, namespace), "the new release to make its Deployments", 30)
 
 
-def test_a_second_release_in_another_namespace(cluster: Cluster, chart: Chart, namespace: str) -> None:
+def test_a_second_release_in_another_namespace(own_cluster: Cluster, chart: Chart, namespace: str) -> None:
     """The same release name, one namespace to look after: neither sees the other's services, and each goes alone."""
+    cluster = own_cluster
     before = {item: cluster.get("crd", item)["metadata"]["resourceVersion"] for item in DEFINITIONS}
     second = install(cluster, "lanewise", namespace, f"watchNamespaces={{{namespace}}}", "replicas=1")
     assert owners(cluster) == {f"{chart.namespace}/{chart.release}"}, "the definitions stay whose they were"
     assert {item: cluster.get("crd", item)["metadata"]["resourceVersion"] for item in DEFINITIONS} == before
+    wait_left_alone(chart, namespace)
     cluster.apply(pending_service(), namespace=namespace)
     wait_for(lambda: has_children(cluster, namespace), "the second operator to make its Deployments", 60)
     runtime = wait_for(
@@ -121,11 +126,12 @@ def test_a_second_release_in_another_namespace(cluster: Cluster, chart: Chart, n
     assert owners(cluster) == {f"{chart.namespace}/{chart.release}"}
 
 
-def test_the_notes_work_when_pasted(own_cluster: Cluster, namespace: str) -> None:
+def test_the_notes_work_when_pasted(own_cluster: Cluster, chart: Chart, namespace: str) -> None:
     """From NOTES.txt to a completion, in a shell, as a person would: only the local port may be taken here."""
     cluster = own_cluster
     torch.provide(cluster, namespace)
     install(cluster, "notes", namespace, f"watchNamespaces={{{namespace}}}", "replicas=1", "crds.enabled=false")
+    wait_left_alone(chart, namespace)
     notes = cluster.helm("get", "notes", "notes", "-n", namespace).replace("NOTES:\n", "", 1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -159,20 +165,31 @@ def test_the_api_server_takes_what_is_rendered(name: str, cluster: Cluster, char
     assert f"app.kubernetes.io/instance: {chart.release}" not in text
 
 
+@pytest.mark.slow  # builds another Helm
+@pytest.mark.timeout(1200)
 def test_helm_3_installs_the_same(cluster: Cluster, chart: Chart, namespace: str) -> None:
     """The older Helm: install, test, uninstall. What it renders is what Helm 4 renders."""
+    parts = [component for component in SOAK if component.name == "helm3"]
+    gobuild.build(parts)
+    path = next(str(folder / "helm3") for folder in gobuild.bin_dirs(parts) if (folder / "helm3").exists())
+
+    def helm3(*args: str) -> str:
+        env = {**os.environ, "KUBECONFIG": str(cluster.kubeconfig)}
+        done = subprocess.run([path, *args], capture_output=True, text=True, timeout=180, env=env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     values = [part for value in image_values(cluster) for part in ("--set", value)]
     values += ["--set", f"watchNamespaces={{{namespace}}}", "--set", "replicas=1"]
-    new = call("helm", cluster.kubeconfig, "template", "three", str(CHART), "-n", namespace, *values)
-    old = call("helm3", cluster.kubeconfig, "template", "three", str(CHART), "-n", namespace, *values)
-    assert list(yaml.safe_load_all(old)) == list(yaml.safe_load_all(new))
-    helm3 = ("helm3", cluster.kubeconfig)
+    rendered = cluster.helm("template", "three", str(CHART), "-n", namespace, *values)
+    assert list(yaml.safe_load_all(helm3("template", "three", str(CHART), "-n", namespace, *values))) == list(
+        yaml.safe_load_all(rendered)
+    )
     wait = ("--wait", "--timeout", INSTALL_DEADLINE)
-    call(*helm3, "install", "three", str(CHART), "-n", namespace, *wait, *values, deadline_s=150)
+    helm3("install", "three", str(CHART), "-n", namespace, *wait, *values)
     try:
-        call(*helm3, "test", "three", "-n", namespace, "--timeout", "60s", deadline_s=90)
+        helm3("test", "three", "-n", namespace, "--timeout", "60s")
     finally:
-        call(*helm3, "uninstall", "three", "-n", namespace, *wait, deadline_s=150)
-    with pytest.raises(CommandFailed, match="not found"):
-        cluster.get("deployment", "three-lanewise", namespace)
+        helm3("uninstall", "three", "-n", namespace, *wait)
+    assert cluster.find("deployment", "three-lanewise", namespace) is None
     assert owners(cluster) == {f"{chart.namespace}/{chart.release}"}

@@ -18,6 +18,7 @@ from tests.cluster.kube.audit import service_account
 from tests.cluster.kube.chart import Chart, install
 from tests.cluster.kube.cluster import Cluster
 from tests.cluster.kube.tools import wait_for
+from tests.cluster.two_operators import wait_left_alone
 
 MONITORING = Path(__file__).parent / "optional" / "monitoring.yaml"
 NOWHERE = {"spec": {"nodeSelector": {"kubernetes.io/hostname": "nowhere"}}}
@@ -200,21 +201,9 @@ def test_every_right_of_the_cluster_wide_operator_is_used(
 def test_every_right_of_a_namespaced_operator_is_used(
     own_cluster: Cluster, monitoring: None, chart: Chart, namespace: str
 ) -> None:
-    mark = own_cluster.audit.mark()
     values = (f"watchNamespaces={{{namespace}}}", "replicas=1", "crds.enabled=false")
     second = install(own_cluster, "rights-lanewise", namespace, *values)
-
-    def left_alone() -> bool:
-        """The cluster-wide operator has looked at the markers after ours was there."""
-        events = list(own_cluster.audit.events(mark, resource="leases"))
-        ours = [event.ended_s for event in events if event.name == "lanewise-namespace" and event.code < 300]
-        user = service_account(chart.namespace, chart.name)
-        return any(
-            event.user == user and event.verb == "list" and event.received_s > min(ours, default=float("inf"))
-            for event in events
-        )
-
-    wait_for(left_alone, "the cluster-wide operator to leave the namespace", DEADLINE_S)
+    wait_left_alone(chart, namespace)
     check(own_cluster, second, namespace)
 
 
