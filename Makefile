@@ -56,6 +56,7 @@ bench: bench-sim  ## measurements; never part of the tests
 	$(BIN)/python benchmarks/router_overhead.py
 	$(BIN)/python benchmarks/kv_channel.py
 	$(BIN)/python benchmarks/kernels.py
+	-$(BIN)/python benchmarks/scaling_table.py
 
 bench-sim: install  ## the scheduling tables of docs/scheduling.md
 	-$(BIN)/python benchmarks/sim_table.py

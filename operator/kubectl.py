@@ -1,7 +1,8 @@
 """`kubectl lanewise`: the plugin that kubectl finds by the name of its executable, `kubectl-lanewise`.
 
-Owns: `status [NAME]`, what a person wants to know of a service in one screen. Must not: change anything. It runs on a
-user's machine with the user's credentials and reads LLMServices only.
+Owns: `status [NAME]`, what a person wants to know of a service in one screen, and `scaling [NAME]`, why it has as many
+workers as it has. Must not: change anything. It runs on a user's machine with the user's credentials and reads
+LLMServices and ScalingPolicies only.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lanewise.errors import ConfigError
+from lanewise.operator.scaling_explain import show
 
 COLOURS = {"True": "green", "False": "red", "Unknown": "yellow"}
 BAD_WHEN_TRUE = frozenset({"Degraded"})
@@ -25,7 +27,7 @@ NEUTRAL = frozenset({"Progressing", "DisaggregationBeneficial"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exit status: 0 every service shown is Ready, 1 one is not or the cluster cannot be read, 2 bad usage."""
+    """Exit status: 0 all are Ready (policies: Active), 1 one is not or the cluster cannot be read, 2 bad usage."""
     options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
         status = asyncio.run(_status(options))
@@ -45,23 +47,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     status = commands.add_parser("status", help="conditions, pods and lanes of services")
-    status.add_argument("name", nargs="?", help="one service; default: all of the namespace")
-    status.add_argument("-n", "--namespace", help="default: the one of the kubeconfig's context")
-    status.add_argument("-A", "--all-namespaces", action="store_true")
-    status.add_argument(
-        "--kubeconfig", default=os.environ.get("KUBECONFIG"), help="default: $KUBECONFIG, ~/.kube/config"
-    )
-    status.add_argument("--context", help="default: the kubeconfig's current one")
-    status.add_argument("--json", action="store_true", help="name, namespace and status of each, as JSON")
+    scaling = commands.add_parser("scaling", help="inputs, requirement and decision of ScalingPolicies")
+    for command in (status, scaling):
+        command.add_argument("name", nargs="?", help="one of them; default: all of the namespace")
+        command.add_argument("-n", "--namespace", help="default: the one of the kubeconfig's context")
+        command.add_argument("-A", "--all-namespaces", action="store_true")
+        command.add_argument(
+            "--kubeconfig", default=os.environ.get("KUBECONFIG"), help="default: $KUBECONFIG, ~/.kube/config"
+        )
+        command.add_argument("--context", help="default: the kubeconfig's current one")
+        command.add_argument("--json", action="store_true", help="name, namespace and status of each, as JSON")
     return parser
 
 
 async def _status(options: argparse.Namespace) -> int:
-    found = await _fetch(options)
+    scaling = options.command == "scaling"
+    kind = "ScalingPolicy" if scaling else "LLMService"
+    found = await _fetch(options, "scalingpolicies" if scaling else "llmservices")
     if options.name:
         found = [item for item in found if item["metadata"]["name"] == options.name]
         if not found:
-            raise ConfigError(f"no LLMService {options.name}")
+            raise ConfigError(f"no {kind} {options.name}")
     if options.json:
         fields = [
             {"namespace": item["metadata"]["namespace"], "name": item["metadata"]["name"], "status": item.get("status")}
@@ -69,15 +75,15 @@ async def _status(options: argparse.Namespace) -> int:
         ]
         print(json.dumps(fields, indent=1))
     elif not found:
-        print("no LLMService here")
+        print(f"no {kind} here")
     else:
         console = Console()
         for item in found:
-            _show(console, item)
-    return 0 if all(_condition(item, "Ready") == "True" for item in found) else 1
+            show(console, item) if scaling else _show(console, item)
+    return 0 if all(_condition(item, "Active" if scaling else "Ready") == "True" for item in found) else 1
 
 
-async def _fetch(options: argparse.Namespace) -> list[dict[str, Any]]:
+async def _fetch(options: argparse.Namespace, plural: str) -> list[dict[str, Any]]:
     from kubernetes.aio import config as kubeconfig
     from kubernetes.aio.client import ApiClient, ApiException, Configuration, CustomObjectsApi
 
@@ -95,9 +101,9 @@ async def _fetch(options: argparse.Namespace) -> list[dict[str, Any]]:
         api = CustomObjectsApi(client)
         try:
             if options.all_namespaces:
-                answer = await api.list_cluster_custom_object("lanewise.io", "v1alpha1", "llmservices")
+                answer = await api.list_cluster_custom_object("lanewise.io", "v1alpha1", plural)
             else:
-                answer = await api.list_namespaced_custom_object("lanewise.io", "v1alpha1", namespace, "llmservices")
+                answer = await api.list_namespaced_custom_object("lanewise.io", "v1alpha1", namespace, plural)
         except ApiException as error:
             raise ConfigError(f"{error.status} {error.reason}") from error
     return list(answer["items"])
