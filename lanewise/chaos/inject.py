@@ -22,7 +22,7 @@ from lanewise.transfer.fault_shots import names_of_hits
 
 PATIENCE_S = 3.0  # a fault whose state is not reached by then is taken back, and another one drawn
 AT_ONCE = 2  # message faults armed at each process
-WHOLE_S = 60.0
+WHOLE_S = 180.0
 GIVE_UP = 60  # draws in a row that met nothing: the state cannot be reached under this load
 
 
