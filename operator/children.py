@@ -27,7 +27,7 @@ class Children:
     def __init__(self, cluster: Cluster, store: Store) -> None:
         self._cluster, self._store = cluster, store
 
-    async def settle(self, key: Key, wanted: Plan, hold: frozenset[str]) -> list[Manifest]:
+    async def settle(self, key: Key, service: LLMService, wanted: Plan, hold: frozenset[str]) -> list[Manifest]:
         """The plan as it can be applied now: held roles as they were, revisions added, Jobs only where missing."""
         known = self._store.get(key)
         config, deployments = dict(wanted.config), dict(wanted.deployments)
@@ -41,7 +41,7 @@ class Children:
                 deployments.pop(role, None)  # nothing is known of how it was: it stays as it is
                 config[role] = _live_config(known, key, role) or config[role]
             else:
-                deployments[role] = held(kept["deployment"], deployments.get(role, kept["deployment"]))
+                deployments[role] = held(kept["deployment"], getattr(service.spec, role).replicas)
                 config[role] = kept["config"]
         objects: list[Manifest] = []
         for item in wanted.objects:
@@ -99,7 +99,9 @@ class Children:
             try:
                 await self._cluster.apply(item, dry_run=True)
             except ApiError as error:
-                if not error.refused or error.reason == "Forbidden":
+                if error.reason == "Forbidden":
+                    continue  # quota or admission: no fault of the template, and the write itself will say so
+                if not error.refused:
                     raise
                 refused.append(Refusal("Deployment", name, "PodTemplateInvalid", in_template(role, error.message)))
         return tuple(refused)

@@ -170,7 +170,7 @@ class Reconciler:
     async def _write(
         self, key: Key, service: LLMService, wanted: Plan, hold: frozenset[str], uid: str
     ) -> tuple[Refusal, ...]:
-        objects = await self._children.settle(key, wanted, hold)
+        objects = await self._children.settle(key, service, wanted, hold)
         invalid = await self._children.check_templates(key, service, objects)
         if invalid:
             return invalid

@@ -125,12 +125,10 @@ def of_role(revisions: Sequence[Manifest], role: str) -> list[Manifest]:
     return [item for item in revisions if item["metadata"].get("labels", {}).get(names.COMPONENT_LABEL) == role]
 
 
-def held(kept: Manifest, wanted: Manifest) -> Manifest:
-    """The old Deployment with the count of the new one: scaling goes on while a template is held."""
-    spec = {name: value for name, value in kept["spec"].items() if name != "replicas"}
-    if "replicas" in wanted["spec"]:
-        spec["replicas"] = wanted["spec"]["replicas"]
-    return {**kept, "spec": spec}
+def held(kept: Manifest, replicas: int | None) -> Manifest:
+    """The old Deployment with today's count (None: somebody else's): scaling goes on while a template is held."""
+    made = _without_replicas(kept)
+    return made if replicas is None else {**made, "spec": {**made["spec"], "replicas": replicas}}
 
 
 def _without_replicas(deployment: Manifest) -> Manifest:
