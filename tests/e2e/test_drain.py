@@ -82,7 +82,7 @@ class Fleet:
                 return {worker.description.name for worker in workers if worker.ready} == set(ready)
             return False
 
-        until(there, 60, lambda: f"expected {ready} to be ready:\n{snapshot(self.grpc).workers}")
+        until(there, 120, lambda: f"expected {ready} to be ready:\n{snapshot(self.grpc).workers}")
 
     def carried(self, name: str) -> int:
         return sum(w.inflight for w in snapshot(self.grpc).workers if w.description.name == name)
