@@ -169,7 +169,9 @@ def _make_decoder(
                 raise ConfigError(f"kernels: native was asked for: {error}") from error
             log.warning("native_kernels_missing", reason=str(error), instead="torch")
         else:
-            return NativeModel(model_config, loaded, pool.layers, variant, torch.get_num_threads(), on_progress)
+            native = NativeModel(model_config, loaded, pool.layers, variant, torch.get_num_threads(), on_progress)
+            torch.set_num_threads(1)  # what is left to torch is small, and two pools on the same cores crawl
+            return native
     attention = select_attention(
         model_config.head_dim, model_config.num_kv_heads, config.page_tokens, dtype, pool.device
     )

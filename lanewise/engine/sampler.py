@@ -55,7 +55,9 @@ def _choose(logits: torch.Tensor, seqs: Seq[Sequence]) -> list[int]:
     for index in changed:
         _adjust(logits[index], seqs[index])
     _draw(logits, {index: seqs[index] for index in drawn})
-    ids: list[int] = logits.argmax(-1).tolist()
+    # numpy's is several times as fast on one core, and wakes no second pool of threads beside the kernels' own.
+    best = logits.numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(-1)
+    ids: list[int] = best.tolist()
     return ids
 
 
