@@ -129,8 +129,9 @@ class Supervisor:
             connection.settimeout(REQUEST_DEADLINE_S)
             try:
                 with connection.makefile("rw") as stream:
-                    answer = self._answer(json.loads(stream.readline()))
-                    stream.write(json.dumps(answer) + "\n")
+                    request = stream.readline()
+                    if request:  # else somebody only wanted to know who we are
+                        stream.write(json.dumps(self._answer(json.loads(request))) + "\n")
             except (OSError, ValueError) as error:
                 print(f"request failed: {error!r}", flush=True)
 
