@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -109,6 +110,7 @@ def main() -> int:
     parser.add_argument("--load", type=float, default=0.6)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the service is stopped then too
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         profile = measure_profile(folder)

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from lanewise.bench.report import percentile, times
 from lanewise.bench.targets import Settings, connect
 from lanewise.bench.workload import Ask, Lengths, Prompts, synthetic
 from lanewise.sim.workload import read_trace
-from tests.e2e.service import Service, running, service_file
+from tests.e2e.service import Service, running, service_file, until
 
 POLICIES = ("lanewise", "fcfs-8192", "fcfs-1024", "laps-8192")
 PLAIN = ("fcfs-8192", "fcfs-1024")
@@ -44,6 +45,7 @@ LONGEST = 1900  # of the built-in model's context of 2048
 CLOSED_CLIENTS = (1, 4, 16, 64)
 POISSON_LOAD = 0.7  # of the requests per second that the closed loop of 16 served
 SETTINGS = Settings(model="fable", temperature=0.0, ignore_eos=True, timeout_s=300.0)
+READY_S = 240.0  # for all of them
 TIDY_S = 0.3  # between two runs: statistics and audits of the last one are over
 
 
@@ -105,7 +107,9 @@ def start(stack: ExitStack) -> dict[str, Service]:
         roles = {role: {"replicas": 1, "kvCacheMemory": "256Mi"} for role in ("prefill", "decode")}
         file = service_file(folder / policy, disaggregation="Always", **roles)
         env = {"LANEWISE_BATCH_POLICY": policy}
-        services[policy] = stack.enter_context(running(folder / policy / "state", file, env=env))
+        services[policy] = stack.enter_context(running(folder / policy / "state", file, env=env, ready=False))
+    for service in services.values():  # they load side by side
+        until(lambda service=service: service.record.get("ready", False), READY_S, service.read_log)  # type: ignore[misc]
     return services
 
 
@@ -224,6 +228,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the services are stopped then too
     parts = options.parts or ["mixed", "closed"]
     results: dict[str, Any] = {}
     reached = []
