@@ -27,7 +27,7 @@ from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
 from tests.e2e.processes import Process, free_port, snapshot
 from tests.e2e.service import Generated, generate, request, until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 STREAMS = 16
 TOKENS = 400  # a second or two: long enough for a drain to hit every stream half-way
 STORY = "A fox saw a crow with a piece of cheese in her beak, sitting high upon the branch of a tree. "
@@ -70,6 +70,7 @@ class Fleet:
     def start_router(self) -> None:
         self._starts += 1
         flags = ("--http", self.http, "--grpc", self.grpc, "--workers", ",".join(self.addresses.values()))
+        flags += ("--hold-timeout-s", "120")  # a worker may start slowly on a busy machine
         log = self.directory / f"router-{self._starts}.log"
         self.router = Process("router", log, "--name", "r0", "--disaggregation", "Always", *flags)
 
@@ -144,7 +145,7 @@ def load(fleet: Fleet, disturb: Callable[[], None], tokens: int = TOKENS) -> lis
             stub = pb_grpc.InferenceStub(channel)
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(generate(stub, message, on_token=lambda n, i=i: on_token(i, n), timeout_s=100))
+                    group.create_task(generate(stub, message, on_token=lambda n, i=i: on_token(i, n), timeout_s=150))
                     for i, message in enumerate(messages(tokens))
                 ]
                 await started.wait()
