@@ -99,7 +99,8 @@ def test_a_service_is_reached_by_name_from_inside_and_outside(cluster: Cluster, 
     wait_ready(cluster, "client", namespace)
     host = f"web.{namespace}.svc"
     wait_for(lambda: answers(cluster.resolve(host)), "the Service to answer outside", 20)
-    code = f"import urllib.request; print(urllib.request.urlopen('http://{host}.cluster.local/nsswitch.conf', timeout=5).status)"
+    url = f"http://{host}.cluster.local/nsswitch.conf"
+    code = f"import urllib.request; print(urllib.request.urlopen('{url}', timeout=5).status)"
     assert cluster.kubectl("exec", "client", "-n", namespace, "--", "python", "-c", code).strip() == "200"
     assert "GET /nsswitch.conf" in cluster.logs("web", namespace)
 
