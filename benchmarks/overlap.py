@@ -238,21 +238,23 @@ class Pair:
         started = time.monotonic()
         for role, submission in orders:
             self.pipes[role].send(("submit", submission))
-        first = self._wait("decode" if mode == "local" else "prefill", names, 0)
-        second = max(first) if mode == "none" else max(self._wait("decode", names, 1))
-        if mode != "none":
-            self._wait("decode", names, 2)
-        return max(first) - started, second - started
+        if mode == "local":
+            at = self._tokens("decode", names, (0, 1, 2))
+        else:
+            at = self._tokens("prefill", names, (0,))
+            at |= {} if mode == "none" else self._tokens("decode", names, (1, 2))
+        return at[0] - started, at.get(1, at[0]) - started
 
-    def _wait(self, role: str, names: list[str], index: int) -> list[float]:
-        at: dict[str, float] = {}
-        while len(at) < len(names):
+    def _tokens(self, role: str, names: list[str], indices: tuple[int, ...]) -> dict[int, float]:
+        """When the last of these requests got each of these tokens."""
+        at: dict[int, list[float]] = {index: [] for index in indices}
+        while any(len(times) < len(names) for times in at.values()):
             what, key, number, when = self._next(self.pipes[role], 300)
             if what != "token":
                 raise RuntimeError(f"{role}: {key}: {number}")
-            if number == index and key[0] in names:
-                at[key[0]] = when
-        return list(at.values())
+            if key[0] in names:
+                at[number].append(when)
+        return {index: max(times) for index, times in at.items()}
 
     def close(self) -> None:
         for pipe in self.pipes.values():
