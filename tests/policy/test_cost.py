@@ -130,3 +130,11 @@ def test_one_paused_batch_teaches_nothing() -> None:
     for _ in range(3):
         fit.observe_prefill([(64, 0, True)], 9.0)  # it is that slow
     assert fit.model.prefill([(64, 0, True)]) > 0.1
+
+
+def test_a_first_batch_on_a_crowded_machine_does_not_make_the_worker_look_dead() -> None:
+    """A prediction a thousand times too long sheds everything, and then nothing is measured that would correct it."""
+    fit = CostFit(H200)
+    before = fit.model.alone(1536)
+    fit.observe_prefill([(64, 0, True)], 1000 * fit.model.alone(64))
+    assert fit.model.alone(1536) < 10 * before
