@@ -122,6 +122,9 @@ class Scaler:
         generation = int(entry.body["metadata"].get("generation", 0))
         target = (key[0], str(entry.body["spec"]["targetRef"]["name"]))
         known = self._leading.store.get(target)
+        if known.service is not None and known.listed_at is None:
+            entry.due = min(entry.due, time.monotonic() + ASLEEP_S)  # a watch began anew: what is there is read again
+            return
         refused = await self._refused(key, entry, known)
         if refused is not None:
             entry.state, entry.memory = State(), Memory()  # what was learned ends with the right to act on it
@@ -142,7 +145,7 @@ class Scaler:
     async def _refused(self, key: Key, entry: _Entry, known: Known) -> tuple[str, str] | None:
         """(reason, message) why this policy may not scale now; None: it may."""
         target = entry.body["spec"]["targetRef"]["name"]
-        if known.service is None or known.listed_at is None:
+        if known.service is None:
             return "NoService", f"no LLMService {target} in namespace {key[0]}"
         try:
             service = read(known.service)

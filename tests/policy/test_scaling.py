@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from lanewise.policy.profile import make_profile
 from lanewise.policy.scaling import decide
 from lanewise.policy.scaling_allocate import Bounds, allocate
+from lanewise.policy.scaling_capacity import late_share, prefill_work
+from lanewise.policy.scaling_need import PRIOR
 from lanewise.policy.scaling_types import Counts, Decision, Demand, Observation, RoleView, Rules, State
 
 PROFILE = make_profile("qwen2.5-32b", "h200", 1)
@@ -141,7 +143,7 @@ def test_more_load_never_needs_less(load: Demand, factor: float, rules: Rules) -
     rules = replace(rules, gpus=None, watts=None)
     names = [name for name in Demand.__dataclass_fields__ if name != "seconds"]
     more = replace(load, **{name: getattr(load, name) * factor for name in names})
-    few, many = (drive(rules, [item] * 3, (rules.prefill_min, rules.decode_min))[-1] for item in (load, more))
+    few, many = (drive(rules, [item] * 8, (rules.prefill_min, rules.decode_min))[-1] for item in (load, more))
     assert few.wanted is not None
     assert many.wanted is not None
     assert many.wanted.prefill >= few.wanted.prefill
@@ -153,7 +155,15 @@ def test_more_load_never_needs_less(load: Demand, factor: float, rules: Rules) -
 @given(st.floats(0.05, 120), st.floats(10, 8000), st.floats(1, 1000), st.integers(1, 8), st.integers(1, 8))
 @settings(deadline=None, max_examples=20)
 def test_constant_load_never_oscillates(rate: float, prompt: float, output: float, p: int, d: int) -> None:
-    decisions = drive(RULES, [demand(rate, prompt, output)] * 80, (p, d))
+    """With as many late prompts as such a service has: the correction has nothing to learn."""
+    load, state, counts, decisions = demand(rate, prompt, output), State(), (p, d), []
+    sums = (load.requests, load.uncached_tokens, load.uncached_squares, load.attended)
+    work = prefill_work(PROFILE.cost, RULES.ttft_s, *sums)
+    for number in range(80):
+        late = PRIOR * late_share(counts[0], rate * work.mean_s, work, RULES.ttft_s) * load.attainable
+        decision = decide(RULES, state, observe((number + 1) * PERIOD_S, counts, replace(load, ttft_late=late)))
+        counts, state = (decision.prefill, decision.decode), decision.state
+        decisions.append(decision)
     for role in ("prefill", "decode"):
         counts = [getattr(decision, role) for decision in decisions]
         rises = any(b > a for a, b in pairwise(counts))
