@@ -92,6 +92,8 @@ def spec(cluster: Cluster, weights: Path) -> dict[str, Any]:
     template["spec"]["volumes"].append({"name": "weights", "hostPath": {"path": str(weights), "type": "Directory"}})
     mount = {"name": "weights", "mountPath": f"{MODELS_MOUNT}/other", "readOnly": True}
     template["spec"]["containers"][0]["volumeMounts"].append(mount)
+    no_gpu = {"nvidia.com/gpu": "0"}  # which a model that is not built in would get
+    template["spec"]["containers"][0]["resources"] = {"limits": no_gpu, "requests": no_gpu}
     worker = {"resources": {"requests": {"cpu": "50m"}}, "podTemplate": template}
     return {
         "model": {"uri": f"builtin://{MODEL}", "servedName": MODEL},
