@@ -164,9 +164,13 @@ class TestHolding:
             session = made.router.roster.session(made.decode.incarnation)
             assert session is not None
             await until(lambda: session.stats.queue_wait_s)
+            made.decode.on_submit = made.decode.silent
+            first = asyncio.create_task(made.post())  # with nothing under way one is let through: it shows the truth
+            await until(lambda: made.decode.submits)
             status, reply, headers = await made.post()
             assert (status, reply["error"]["code"]) == (429, "OVERLOADED")
             assert int(headers["retry-after"]) > 1
+            first.cancel()
 
 
 class TestClients:
