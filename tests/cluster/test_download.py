@@ -42,6 +42,8 @@ def manifests(cluster: Cluster, namespace: str, folder: Path, hub: Hub) -> list[
     """A claim on a folder of this machine, the hub's token, and a service that caches its model there."""
     template: Any = cluster.worker_pod_template()
     template["spec"]["containers"][0]["env"].append({"name": "HF_ENDPOINT", "value": hub.url})
+    no_gpu = {"nvidia.com/gpu": "0"}  # which a model that is not built in would get
+    template["spec"]["containers"][0]["resources"] = {"limits": no_gpu, "requests": no_gpu}
     worker = {"replicas": 1, "resources": {"requests": {"cpu": "50m"}}, "podTemplate": template}
     storage = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
     return [
