@@ -96,7 +96,8 @@ def spec(cluster: Cluster, weights: Path) -> dict[str, Any]:
     template["spec"]["containers"][0]["resources"] = {"limits": no_gpu, "requests": no_gpu}
     worker = {"resources": {"requests": {"cpu": "50m"}}, "podTemplate": template}
     return {
-        "model": {"uri": f"builtin://{MODEL}", "servedName": MODEL},
+        # Equal text is promised in float32 only, and a model from a folder is computed as it is stored.
+        "model": {"uri": f"builtin://{MODEL}", "servedName": MODEL, "dtype": "float32"},
         "disaggregation": "Always",
         "drain": {"timeout": "2s", "max": "2m"},
         "prefill": {**worker, "replicas": 1},
