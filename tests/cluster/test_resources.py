@@ -31,7 +31,21 @@ GUESSES = 400
 
 
 @pytest.fixture(scope="module")
-def api(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RawApi]:
+def nobody_writes(cluster: Cluster) -> Iterator[None]:
+    """An operator that other tests have installed rests: its status would come between what is written and read."""
+    found = cluster.items("deployments", "lanewise", "app.kubernetes.io/component=operator")
+    counts = {item["metadata"]["name"]: item["spec"]["replicas"] for item in found}
+    for name in counts:
+        cluster.kubectl("scale", "deployment", name, "-n", "lanewise", "--replicas=0")
+    wait_for(lambda: not cluster.items("pods", "lanewise", "app.kubernetes.io/component=operator"), "no operator", 60)
+    yield
+    for name, count in counts.items():
+        cluster.kubectl("scale", "deployment", name, "-n", "lanewise", f"--replicas={count}")
+        cluster.kubectl("rollout", "status", "deployment", name, "-n", "lanewise", "--timeout=120s")
+
+
+@pytest.fixture(scope="module")
+def api(cluster: Cluster, nobody_writes: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RawApi]:
     """The API server with our definitions."""
     with RawApi(cluster.kubeconfig, tmp_path_factory.mktemp("credentials")) as found:
         establish(found, definitions())

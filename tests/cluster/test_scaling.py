@@ -105,7 +105,7 @@ class Scaled:
 
 @pytest.fixture(scope="module")
 def scaled(cluster: Cluster, chart: Chart) -> Iterator[Scaled]:
-    chart.upgrade("extraEnv[0].name=LANEWISE_SCALING_PERIOD_S", f"extraEnv[0].value='{PERIOD_S}'")
+    chart.upgrade("extraEnv[0].name=LANEWISE_SCALING_PERIOD_S", f"extraEnv[0].value={PERIOD_S}")
     advertise(cluster, GPUS)
     namespace = f"scaling-{os.urandom(2).hex()}"
     cluster.kubectl("create", "namespace", namespace)

@@ -49,7 +49,8 @@ class Chart:
 def install(cluster: Cluster, release: str = "lanewise", namespace: str = "lanewise", *values: str) -> Chart:
     """Installs or upgrades a release and returns when its pods are ready."""
     settings = [*image_values(cluster), *values]
-    flags = [part for value in settings for part in ("--set", value)]
+    # Values of environment variables are texts, whatever they look like.
+    flags = [part for value in settings for part in ("--set-string" if "].value=" in value else "--set", value)]
     cluster.helm(
         *("upgrade", "--install", release, str(CHART), "-n", namespace, "--create-namespace"),
         *("--wait", "--timeout", INSTALL_DEADLINE, *flags),
