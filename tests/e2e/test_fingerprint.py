@@ -91,7 +91,10 @@ def ready(address: str) -> int:
 
 
 def failed_link(address: str) -> pb.LinkInfo | None:
-    links = [link for worker in snapshot(address).workers for link in worker.stats.links]
+    """With a worker that is there; a link with the one that died may still be listed."""
+    workers = snapshot(address).workers
+    there = {worker.description.incarnation for worker in workers}
+    links = [link for worker in workers for link in worker.stats.links if link.peer in there]
     return next((link for link in links if link.state == "failed"), None)
 
 
