@@ -86,17 +86,13 @@ class DecodeLoop(WorkerLoop[Decode]):
 
     def _enqueue(self, attempt: Decode) -> None:
         """Queue local prefill of all ids that are not cached."""
-        cached = self._engine.pool.match(attempt.seq.ids, attempt.cache_key)
+        seq = attempt.seq
+        started = attempt.phase is Phase.PREFILLING
+        cached = seq.num_computed if started else self._engine.pool.match(seq.ids, attempt.cache_key)
         target = attempt.submission.ttft_target_s or self._ttft_target_s
         # A preempted request has already waited its turn once: its arrival puts it before all that came later.
         self._policy.add(
-            Job(
-                key=attempt.key,
-                arrival_s=attempt.arrived_at,
-                remaining_tokens=len(attempt.seq.ids) - cached,
-                context_tokens=cached,
-                ttft_deadline_s=attempt.arrived_at + target,
-            )
+            Job(attempt.key, attempt.arrived_at, len(seq.ids) - cached, cached, attempt.arrived_at + target)
         )
 
     def close(self, attempt: Decode, reason: str) -> None:
@@ -236,6 +232,7 @@ class DecodeLoop(WorkerLoop[Decode]):
             if pool.ensure(seq, len(seq.ids)):
                 attempt.phase = Phase.PREFILLING
                 attempt.preempted = False
+                self._enqueue(attempt)  # the cache may have grown or shrunk since it was queued
                 return True
             pool.release(seq)
         self._policy.remove(attempt.key)
