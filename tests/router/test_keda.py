@@ -20,12 +20,8 @@ from lanewise.router.orders import Order
 from lanewise.rpc import externalscaler_pb2 as es
 from lanewise.rpc import externalscaler_pb2_grpc as es_grpc
 from lanewise.rpc import lanewise_pb2 as pb
+from tests.e2e.processes import free_port
 from tests.router.scripted import ScriptedWorker, config, until
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class Twin:
