@@ -85,8 +85,8 @@ class Dispatcher:
             return
         predicted_s = placement.pair.predicted_ttft_s
         retry_after_s = admit(predicted_s, order.deadline_at - now, self._config.max_queue_wait_s)
-        # One request always gets through: with nothing under way, nothing else could correct a wrong prediction.
-        if retry_after_s is not None and len(self._entries) > 1:
+        # One client request always gets through, with all its choices: nothing else could correct a wrong prediction.
+        if retry_after_s is not None and any(other.sink is not sink for other in self._entries.values()):
             message = f"predicted time to the first token is {predicted_s:.1f} s; retry later"
             error = LanewiseError(ErrorCode.OVERLOADED, message, retry_after_s=retry_after_s)
             self._settle(entry, flight.fail(error, now), now)

@@ -165,8 +165,9 @@ class TestHolding:
             assert session is not None
             await until(lambda: session.stats.queue_wait_s)
             made.decode.on_submit = made.decode.silent
-            first = asyncio.create_task(made.post())  # with nothing under way one is let through: it shows the truth
-            await until(lambda: made.decode.submits)
+            # With nothing under way one is let through, with all its choices: it shows the truth.
+            first = asyncio.create_task(made.post(n=2))
+            await until(lambda: len(made.decode.submits) == 2)
             status, reply, headers = await made.post()
             assert (status, reply["error"]["code"]) == (429, "OVERLOADED")
             assert int(headers["retry-after"]) > 1
