@@ -34,10 +34,11 @@ def prompt(number: int) -> str:
 
 @dataclass
 class Stream:
-    """What one user saw; times are Unix seconds, `pod` is the address that answered."""
+    """What one user saw; times are Unix seconds, `request` is the id that the answer carries."""
 
     prompt: str
     started: float
+    request: str = ""
     text: str = ""
     num_events: int = 0
     first_at: float | None = None
@@ -138,6 +139,7 @@ def _take(stream: Stream, event: dict[str, object]) -> None:
     if "error" in event:
         stream.error = json.dumps(event["error"])
         return
+    stream.request = str(event.get("id") or stream.request)
     choices = event.get("choices")
     for choice in choices if isinstance(choices, list) else ():
         stream.last_at = time.time()

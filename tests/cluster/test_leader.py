@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 import signal
 import time
-from collections.abc import Iterable
 
 from tests.cluster.idle import idle_service, wait_observed
-from tests.cluster.kube.audit import Event, service_account
+from tests.cluster.kube.audit import service_account
 from tests.cluster.kube.chart import Chart
 from tests.cluster.kube.cluster import Cluster
 from tests.cluster.kube.tools import CommandFailed, wait_for
+from tests.cluster.tenure import LEASE_S, outside_tenure, since_the_first_renewal
 
 STOPPED_S = 30.0
 MAX_TAKEOVER_S = 20.0
-LEASE_S = 10.0
 EDIT_EVERY_S = 1.0
 SERVICE = "edited"
 
@@ -39,41 +38,20 @@ def test_a_stopped_leader_writes_nothing_outside_its_tenure(own_cluster: Cluster
         edit(cluster, namespace, next(edits))
         time.sleep(EDIT_EVERY_S)
     wait_observed(cluster, SERVICE, namespace)
-    events = list(cluster.audit.events(mark, user=service_account(chart.namespace, chart.name)))
-    writes = [event for event in events if event.is_write]
-    renewed = next(index for index, event in enumerate(writes) if event.resource == "leases")
-    writes = writes[renewed:]  # nothing is known of the Lease before
+    user = service_account(chart.namespace, chart.name)
+    writes = since_the_first_renewal(cluster.audit.events(mark, user=user), chart.name)
     taken = [event for event in writes if event.resource == "leases" and event.pod != old]
     assert taken, "nobody took over"
     authors = {event.pod for event in writes}
     print(f"takeover after {taken[0].ended_s - stopped:.1f} s, {len(writes)} writes by {len(authors)} pods")
     assert taken[0].ended_s - stopped <= MAX_TAKEOVER_S
     assert [event for event in writes if event.resource != "leases" and event.pod != old], "the new leader did nothing"
-    assert outside_tenure(writes) == []
+    assert outside_tenure(writes, chart.name) == []
 
 
 def edit(cluster: Cluster, namespace: str, replicas: int) -> None:
     patch = f'{{"spec": {{"decode": {{"replicas": {replicas}}}}}}}'
     cluster.kubectl("patch", "llmservice", SERVICE, "-n", namespace, "--type=merge", "-p", patch)
-
-
-def outside_tenure(writes: Iterable[Event]) -> list[Event]:
-    """Writes whose author did not hold the Lease from their arrival to their end.
-
-    A pod holds it from the end of its Lease write to the arrival of another pod's, and for LEASE_S after its last.
-    """
-    leases = sorted((event for event in writes if event.resource == "leases"), key=lambda event: event.ended_s)
-    found = []
-    for event in (event for event in writes if event.resource != "leases"):
-        own = [lease for lease in leases if lease.pod == event.pod and lease.ended_s <= event.received_s]
-        taken = [
-            lease
-            for lease in leases
-            if lease.pod != event.pod and own and own[-1].ended_s < lease.received_s < event.ended_s
-        ]
-        if not own or taken or event.ended_s > own[-1].ended_s + LEASE_S:
-            found.append(event)
-    return found
 
 
 def test_a_standby_takes_over_when_the_leader_is_gone(cluster: Cluster, chart: Chart) -> None:

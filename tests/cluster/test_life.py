@@ -1,126 +1,31 @@
 """From `helm install` to streams, and what happens to 16 of them when everything around them changes.
 
-Every step of `test_streams_survive_what_happens_around_them` hits a pod while streams are past their first token. None
-may fail, and none may say anything else than the undisturbed service says; the printed table is the record.
+Every step of `test_streams_survive_what_happens_around_them` hits pods that carry streams past their first token, as
+the routers say of each pod. None may fail, none may say anything else than the undisturbed service says, and KV has to
+go from prefill to decode in every step and again after it; the printed table is the record.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
 
 from tests.cluster.fleet import HELD, HTTP_PORT, RESUMED, TRANSFERS, Counters, scrape
 from tests.cluster.kube.chart import Chart
-from tests.cluster.kube.cluster import Cluster, condition
+from tests.cluster.kube.cluster import Cluster
 from tests.cluster.kube.tools import wait_for
+from tests.cluster.life import MODELS_MOUNT, SERVICE, STEP_DEADLINE_S, Life, other_weights, say, spec
 from tests.cluster.load import Load, Stream, undisturbed
-from tests.e2e.models import FABLE
 
 pytestmark = pytest.mark.timeout(600)
-SERVICE = "chat"
-MODEL = "fable"
-MODELS_MOUNT = "/models"
 TOKENS = 200
-READY_DEADLINE_S = 120
-STEP_DEADLINE_S = 120
-MIN_GENERATING = 8
-
-
-@dataclass
-class Life:
-    """The service under test and what its streams are measured against."""
-
-    cluster: Cluster
-    namespace: str
-    expected: list[dict[str, str]] = field(default_factory=list)
-    rows: list[str] = field(default_factory=list)
-
-    def address(self) -> str:
-        """Of the Service, by its name, as any other pod would find it."""
-        return f"{self.cluster.resolve(f'{SERVICE}-router.{self.namespace}.svc')}:{HTTP_PORT}"
-
-    def pods(self, role: str, ready: bool = True) -> list[dict[str, Any]]:
-        selector = f"lanewise.io/service={SERVICE},app.kubernetes.io/component={role}"
-        return self.cluster.pods(self.namespace, selector, ready)
-
-    def uids(self, role: str) -> set[str]:
-        return {pod["metadata"]["uid"] for pod in self.pods(role)}
-
-    def all_uids(self) -> set[str]:
-        return self.uids("router") | self.uids("prefill") | self.uids("decode")
-
-    def patch(self, spec: dict[str, Any]) -> None:
-        """A user's edit of the resource."""
-        body = json.dumps({"spec": spec})
-        self.cluster.kubectl("patch", "llmservice", SERVICE, "-n", self.namespace, "--type=merge", "-p", body)
-
-    def wait_ready(self) -> None:
-        """Until the operator says so of what is asked for now."""
-
-        def ready() -> bool:
-            service = self.cluster.get("llmservice", SERVICE, self.namespace)
-            seen = service.get("status", {}).get("observedGeneration")
-            return bool(seen == service["metadata"]["generation"] and condition(service, "Ready") == "True")
-
-        wait_for(ready, f"{SERVICE} to be Ready", READY_DEADLINE_S, poll_s=0.3)
-
-    def wait_pods(self, role: str, count: int, without: set[str] | None = None) -> None:
-        """Until exactly `count` pods of a role are left, all ready, none of them in `without`."""
-
-        def settled() -> bool:
-            found = {pod["metadata"]["uid"] for pod in self.pods(role, ready=False)}
-            return found == self.uids(role) and len(found) == count and not found & (without or set())
-
-        wait_for(settled, f"{count} new {role} pods", STEP_DEADLINE_S, poll_s=0.3)
-
-    def is_altered(self, stream: Stream) -> bool:
-        return not any(known[stream.prompt] == stream.text for known in self.expected)
-
-
-def spec(cluster: Cluster, weights: Path) -> dict[str, Any]:
-    """One thread per worker, as little CPU asked for as is possible, and drains that a test can wait for."""
-    template: Any = cluster.worker_pod_template()
-    template["spec"]["volumes"].append({"name": "weights", "hostPath": {"path": str(weights), "type": "Directory"}})
-    mount = {"name": "weights", "mountPath": f"{MODELS_MOUNT}/other", "readOnly": True}
-    template["spec"]["containers"][0]["volumeMounts"].append(mount)
-    no_gpu = {"nvidia.com/gpu": "0"}  # which a model that is not built in would get
-    template["spec"]["containers"][0]["resources"] = {"limits": no_gpu, "requests": no_gpu}
-    worker = {"resources": {"requests": {"cpu": "50m"}}, "podTemplate": template}
-    return {
-        # Equal text is promised in float32 only, and a model from a folder is computed as it is stored.
-        "model": {"uri": f"builtin://{MODEL}", "servedName": MODEL, "dtype": "float32"},
-        "disaggregation": "Always",
-        "drain": {"timeout": "2s", "max": "2m"},
-        "prefill": {**worker, "replicas": 1},
-        "decode": {**worker, "replicas": 1},
-        "router": {"replicas": 2, "resources": {"requests": {"cpu": "50m"}}},
-    }
-
-
-def other_weights(folder: Path) -> Path:
-    """The built-in model with weights that make it say something else."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(FABLE, folder)
-    tensors = load_file(folder / "model.safetensors")
-    name = next(name for name in sorted(tensors) if "mlp.down_proj" in name)
-    torch.manual_seed(0)
-    tensors[name] = tensors[name] + 0.05 * torch.randn_like(tensors[name])
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    folder.chmod(0o755)
-    for file in folder.iterdir():
-        file.chmod(0o644)
-    return folder
+YOUNG = TOKENS // 2  # a stream with no more than this is still there when the pod is hit
+COLUMNS = {"KV transfers": TRANSFERS, "resumed": RESUMED, "held": HELD}
 
 
 @pytest.fixture(scope="module")
@@ -156,54 +61,82 @@ def test_a_completion_streams_through_the_service(life: Life) -> None:
     say(f"16 streams of {TOKENS} tokens in {time.monotonic() - started:.1f} s, {sums[TRANSFERS]:.0f} KV transfers")
 
 
+@dataclass(frozen=True)
+class Step:
+    """`victims` names the pods that `action` hits, before it does."""
+
+    name: str
+    victims: Callable[[], set[str]]
+    action: Callable[[set[str]], None]
+
+
 def test_streams_survive_what_happens_around_them(life: Life, chart: Chart) -> None:
     if not life.expected:
         life.expected = [undisturbed(life.address, TOKENS)]
     with Counters(life.cluster, life.namespace, SERVICE) as counters, Load(life.address, TOKENS) as load:
-        for name, action in steps(life, chart):
-            step(life, load, counters, name, action)
+        for step in steps(life, chart):
+            take(step, life, load, counters)
     life.wait_ready()
     streams = [stream for stream in load.streams if stream.ended is not None]
-    altered = [stream for stream in streams if not stream.failed and life.is_altered(stream)]
     say(f"{len(streams)} streams in all")
     assert not [stream for stream in streams if stream.failed]
-    assert not altered, altered[:2]
+    assert not [stream for stream in streams if life.is_altered(stream)]
 
 
-def step(life: Life, load: Load, counters: Counters, name: str, action: Callable[[], None]) -> None:
-    """Does something to the service while streams run, and waits until all of these have ended."""
-    wait_for(lambda: len(load.generating()) >= MIN_GENERATING, "streams past their first token", STEP_DEADLINE_S)
+def take(step: Step, life: Life, load: Load, counters: Counters) -> None:
+    """Hits pods under streams, waits until these have ended and KV has moved anew, and prints what came of it."""
+    victims = step.victims()
+    on = wait_for(lambda: on_each(victims, life, load), "streams past their first token on every pod", STEP_DEADLINE_S)
     started, before, first = time.monotonic(), counters.sums(), len(load.streams)
     hit = load.generating()
-    action()
-    took = time.monotonic() - started
+    step.action(victims)
+    took, then = time.monotonic() - started, counters.sums()
     wait_for(lambda: all(stream.ended for stream in hit), "the streams that were hit to end", STEP_DEADLINE_S)
+    wait_for(lambda: counters.sums()[TRANSFERS] > then[TRANSFERS], "KV to move after it", STEP_DEADLINE_S, poll_s=0.5)
     after = counters.sums()
-    figures = {key: after[counter] - before[counter] for key, counter in COLUMNS.items()}
     seen = [stream for stream in load.streams[first:] if stream.ended] + hit
     failed = [stream for stream in seen if stream.failed]
     altered = [stream for stream in seen if not stream.failed and life.is_altered(stream)]
+    figures = {key: after[counter] - before[counter] for key, counter in COLUMNS.items()}
     figures |= {"failed": len(failed), "altered": len(altered)}
-    row = "".join(f"{key} {value:<5}" for key, value in figures.items())
-    say(f"{name:<34} {took:5.1f} s  streams {len(hit):<3} {row}")
-    assert not failed, f"{name}: {[stream.error for stream in failed][:3]}"
+    row = " ".join(f"{key} {value:<4}" for key, value in figures.items())
+    say(f"{step.name:<26} {took:5.1f} s  pods hit {len(victims)}, with {sorted(map(len, on.values()))} streams  {row}")
+    assert figures["KV transfers"] > 0, f"{step.name}: no KV went from prefill to decode"
+    assert not failed, f"{step.name}: {[stream.error for stream in failed][:3]}"
+    assert not altered, f"{step.name}: {altered[:2]}"
 
 
-COLUMNS = {"transfers": TRANSFERS, "resumed": RESUMED, "held": HELD}
+def on_each(victims: set[str], life: Life, load: Load) -> dict[str, list[Stream]]:
+    """Streams past their first token and far from their end, by the pods that will be hit; none may be without."""
+    assert victims
+    found = life.carried(load.generating())
+    young = {pod: [s for s in found.get(pod, ()) if s.generating and s.num_events <= YOUNG] for pod in victims}
+    bare = [pod for pod, streams in young.items() if not streams]
+    assert not bare, f"no stream on {bare}"
+    return young
 
 
-def steps(life: Life, chart: Chart) -> Iterator[tuple[str, Callable[[], None]]]:
+def steps(life: Life, chart: Chart) -> Iterator[Step]:
     """The disturbances, in order."""
-    yield "scale decode 1 -> 3", lambda: scale(life, 3)
-    yield "scale decode 3 -> 1", lambda: scale(life, 1)
-    yield "roll, same fingerprint", lambda: roll_annotation(life)
-    yield "roll, other weights", lambda: roll_weights(life)
-    yield "delete the only decode pod", lambda: replace(life, "decode", delete)
-    yield "evict a prefill pod", lambda: replace(life, "prefill", evict)
-    yield "delete a router pod", lambda: replace(life, "router", delete)
-    yield "kill the leading operator", lambda: kill_leader(chart)
-    yield "restart the API server", life.cluster.restart_apiserver
-    yield "helm upgrade", lambda: upgrade(life, chart)
+
+    def all_of(*roles: str) -> Callable[[], set[str]]:
+        return lambda: life.names(*roles)
+
+    def one_of(role: str) -> Callable[[], set[str]]:
+        return lambda: {min(life.names(role))}
+
+    workers, everything = ("prefill", "decode"), ("router", "prefill", "decode")
+    yield Step("scale decode 1 -> 3", all_of("decode"), lambda _: scale(life, 3))
+    yield Step("scale decode 3 -> 1", all_of("decode"), lambda _: scale(life, 1))
+    yield Step("roll, same fingerprint", all_of(*workers), lambda _: roll_annotation(life))
+    yield Step("roll, other weights", all_of(*workers), lambda _: roll_weights(life))
+    yield Step("delete the only decode pod", all_of("decode"), lambda hit: replace(life, "decode", hit, delete))
+    yield Step("evict a prefill pod", one_of("prefill"), lambda hit: replace(life, "prefill", hit, evict))
+    yield Step("delete a router pod", one_of("router"), lambda hit: replace(life, "router", hit, delete))
+    # These hit no pod of the service; all of them have streams that must not notice.
+    yield Step("kill the leading operator", all_of(*everything), lambda _: kill_leader(chart))
+    yield Step("restart the API server", all_of(*everything), lambda _: life.cluster.restart_apiserver())
+    yield Step("helm upgrade", all_of(*everything), lambda _: upgrade(life, chart))
 
 
 def scale(life: Life, replicas: int) -> None:
@@ -233,11 +166,12 @@ def roll_weights(life: Life) -> None:
     assert life.expected[0] != life.expected[1], "the other weights say the same"
 
 
-def replace(life: Life, role: str, remove: Callable[[Life, str], None]) -> None:
-    pods = life.pods(role)
-    victim = pods[0]["metadata"]
-    remove(life, victim["name"])
-    life.wait_pods(role, len(pods), without={victim["uid"]})
+def replace(life: Life, role: str, victims: set[str], remove: Callable[[Life, str], None]) -> None:
+    (victim,) = victims
+    count = len(life.pods(role))
+    uid = life.cluster.get("pod", victim, life.namespace)["metadata"]["uid"]
+    remove(life, victim)
+    life.wait_pods(role, count, without={uid})
 
 
 def delete(life: Life, pod: str) -> None:
@@ -264,8 +198,3 @@ def upgrade(life: Life, chart: Chart) -> None:
     chart.upgrade("podAnnotations.test/upgraded=yes")
     wait_for(chart.leader, "a leader of the new release", 40)
     assert life.all_uids() == before
-
-
-def say(text: str) -> None:
-    """Into the log of the run, whatever pytest captures."""
-    print(text, file=sys.__stderr__, flush=True)
