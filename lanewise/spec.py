@@ -63,7 +63,7 @@ class Transfer(Model):
         default="None", description="Authenticated: control is encrypted and data carries a MAC; Full: both encrypted"
     )
     secret_ref: SecretRef | None = Field(
-        default=None, description="Secret with the keys; omitted: the operator makes one per service"
+        default=None, description="Secret with the keys, a folder of `lanewise keys make`; the operator wants it named"
     )
 
     rules = (

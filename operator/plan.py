@@ -51,8 +51,12 @@ def config_map(service: LLMService, context: PlanContext, config: dict[str, str]
 def unsupported(service: LLMService) -> str | None:
     """What this version would have to ignore, named: better no pods than pods that silently do something else."""
     spec = service.spec
-    if spec.transfer.encryption != "None":
-        return f"spec.transfer.encryption: expected None with this version, got {spec.transfer.encryption}"
+    if spec.transfer.encryption != "None" and spec.transfer.secret_ref is None:
+        return (
+            f"spec.transfer.secretRef: encryption {spec.transfer.encryption} expects the Secret with the keys, which "
+            "the operator may neither read nor write: make it with `lanewise keys make DIR` and `kubectl create secret "
+            "generic NAME --from-file DIR`"
+        )
     if spec.transfer.channel in ("NCCL", "IPC"):
         return f"spec.transfer.channel: expected Auto or ZeroMQ with this version, got {spec.transfer.channel}"
     if spec.router.tls is not None:

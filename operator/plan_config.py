@@ -21,6 +21,7 @@ from lanewise.spec_types import Quantity
 MODELS_DIR = "/models"
 LONGEST_HOLD_S = 600.0
 KEYS_DIR = "/etc/lanewise-keys"
+SECRET_DIR = "/etc/lanewise-secret"
 
 
 def render_config(service: LLMService, context: PlanContext, role: str) -> str:
@@ -32,16 +33,21 @@ def render_config(service: LLMService, context: PlanContext, role: str) -> str:
 def fingerprint_hash(service: LLMService, context: PlanContext) -> str:
     """Changes exactly when workers of before and after may not exchange KV (as far as the resource can tell)."""
     model = service.spec.model
-    return short_hash(
-        {
-            "model": model_path(service, context),
-            "commit": context.commit,
-            "revision": model.revision,
-            "dtype": model.dtype,
-            "runtime": context.runtime.version,
-            "image": context.runtime.worker_image,
-        }
-    )
+    fields: dict[str, str | None] = {
+        "model": model_path(service, context),
+        "commit": context.commit,
+        "revision": model.revision,
+        "dtype": model.dtype,
+        "runtime": context.runtime.version,
+        "image": context.runtime.worker_image,
+    }
+    if encrypted(service):  # workers that speak differently cannot exchange KV either: decode rolls first
+        fields["encryption"] = service.spec.transfer.encryption
+    return short_hash(fields)
+
+
+def encrypted(service: LLMService) -> bool:
+    return service.spec.transfer.encryption != "None"
 
 
 def model_path(service: LLMService, context: PlanContext) -> str:
@@ -82,6 +88,8 @@ def _router(service: LLMService, context: PlanContext) -> dict[str, Any]:
         fields["short_max_tokens"] = spec.lanes.short_max_tokens
     if spec.router.auth is not None:
         fields["api_keys_file"] = f"{KEYS_DIR}/api-keys"
+    if encrypted(service):
+        fields["worker_tls_dir"] = SECRET_DIR
     return fields
 
 
@@ -101,6 +109,11 @@ def _worker(service: LLMService, context: PlanContext, role: str) -> dict[str, A
     }
     if role == "decode":
         fields["kv_listen"] = f"tcp://0.0.0.0:{names.KV_PORT}"
+    if encrypted(service):
+        fields |= {"encryption": spec.transfer.encryption, "secret_dir": SECRET_DIR}
+        fields["health_listen"] = f"0.0.0.0:{names.HEALTH_PORT}"
+        if role == "decode" and spec.transfer.encryption == "Authenticated":
+            fields["kv_data_listen"] = f"tcp://0.0.0.0:{names.KV_DATA_PORT}"
     if model.max_context_tokens:
         fields["max_context_tokens"] = model.max_context_tokens
     if part.kv_cache_memory:

@@ -56,10 +56,13 @@ def network_policies(service: LLMService, context: PlanContext, download: bool) 
     scrapers = [{"namespaceSelector": {}, "podSelector": PROMETHEUS}]
     work = {"from": routers, "ports": [_tcp(names.WORKER_PORT)]}
     scrape = {"from": scrapers, "ports": [_tcp(names.METRICS_PORT)]}
+    kv = [_tcp(names.KV_PORT)]
+    if service.spec.transfer.encryption == "Authenticated":
+        kv.append(_tcp(names.KV_DATA_PORT))
     rules: dict[str, list[dict[str, Any]]] = {
         "router": [{"ports": [_tcp(names.HTTP_PORT), _tcp(names.GRPC_PORT)]}],
         "prefill": [work, scrape],
-        "decode": [work, {"from": prefills, "ports": [_tcp(names.KV_PORT)]}, scrape],
+        "decode": [work, {"from": prefills, "ports": kv}, scrape],
     }
     if download:
         operators = [{"namespaceSelector": {}, "podSelector": OPERATOR}]

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from lanewise.operator import names
-from lanewise.operator.plan_config import KEYS_DIR, MODELS_DIR, fingerprint_hash, short_hash
+from lanewise.operator.plan_config import KEYS_DIR, MODELS_DIR, SECRET_DIR, encrypted, fingerprint_hash, short_hash
 from lanewise.operator.plan_model import claim_name, hub_environment
 from lanewise.operator.plan_types import Manifest, PlanContext, child
 from lanewise.operator.pod_template import merge_template
@@ -29,6 +29,8 @@ PROGRESS_MARGIN_S = 60
 PULL_S = 600  # of images, before the startup probe even begins
 CONFIG_DIR = "/etc/lanewise"
 WORKER_HEALTH = "lanewise.v1.Worker"
+CERTIFICATES = ("ca.crt", "tls.crt", "tls.key")
+SECRET_MODE = 0o440  # the group is the pod's (fsGroup)
 ROUTER_STARTUP_S = 60
 ROUTER_RESOURCES = {"requests": {"cpu": "100m", "memory": "256Mi"}}  # without any, a busy node would starve it first
 HOSTNAME, ZONE = "kubernetes.io/hostname", "topology.kubernetes.io/zone"
@@ -97,7 +99,12 @@ def _worker_template(service: LLMService, context: PlanContext, role: str) -> Ma
     ports = [_port("grpc", names.WORKER_PORT), _port("metrics", names.METRICS_PORT)]
     if role == "decode":
         ports.append(_port("kv", names.KV_PORT))
-    alive, ready = {"port": names.WORKER_PORT, "service": ""}, {"port": names.WORKER_PORT, "service": WORKER_HEALTH}
+        if service.spec.transfer.encryption == "Authenticated":
+            ports.append(_port("kv-data", names.KV_DATA_PORT))
+    probed = names.HEALTH_PORT if encrypted(service) else names.WORKER_PORT
+    if encrypted(service):
+        ports.append(_port("health", names.HEALTH_PORT))
+    alive, ready = {"port": probed, "service": ""}, {"port": probed, "service": WORKER_HEALTH}
     container = _container(service, context, role, mounts) | {
         "env": [*_environment(role), *(hub_environment(service) if claim is None else [])],
         "ports": ports,
@@ -180,10 +187,23 @@ def _common_volumes(service: LLMService, role: str) -> tuple[list[Manifest], lis
     volumes, mounts = scratch()
     file = f"{role}.yaml"
     config = {"name": f"{service.metadata.name}-config", "items": [{"key": file, "path": file}]}
-    return (
+    volumes, mounts = (
         [{"name": "config", "configMap": config}, *volumes],
         [{"name": "config", "mountPath": CONFIG_DIR, "readOnly": True}, *mounts],
     )
+    if encrypted(service):
+        volumes.append({"name": "transfer-keys", "secret": _transfer_secret(service, role)})
+        mounts.append({"name": "transfer-keys", "mountPath": SECRET_DIR, "readOnly": True})
+    return volumes, mounts
+
+
+def _transfer_secret(service: LLMService, role: str) -> dict[str, Any]:
+    """The folder that `lanewise keys` makes; routers need the certificates alone and see nothing else of it."""
+    reference = service.spec.transfer.secret_ref
+    found: dict[str, Any] = {"secretName": "" if reference is None else reference.name, "defaultMode": SECRET_MODE}
+    if role == "router":
+        found["items"] = [{"key": name, "path": name} for name in CERTIFICATES]
+    return found
 
 
 def _environment(role: str) -> list[dict[str, Any]]:

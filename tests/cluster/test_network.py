@@ -22,8 +22,10 @@ from tests.cluster.kube.tools import program
 
 NAMESPACE, OTHER, SYSTEM, MONITORING, KEDA = "team", "other", "lanewise-system", "monitoring", "keda"
 HTTP, GRPC, WORKER, KV, METRICS, PROGRESS = 8000, 50051, 50061, 50071, 8080, 8080
+HEALTH, KV_DATA = 50062, 50072
 DNS, API = 53, 443
 PORTS = {HTTP: "http", GRPC: "grpc", WORKER: "grpc", KV: "kv", METRICS: "metrics", API: "https", 22: "ssh"}
+PORTS |= {HEALTH: "health", KV_DATA: "kv-data"}
 SERVICE = """
 apiVersion: lanewise.io/v1alpha1
 kind: LLMService
@@ -31,6 +33,7 @@ metadata: {name: %s, namespace: team}
 spec:
   model: {uri: "hf://owner/name", cache: {size: 10Gi}}
 """
+SEALED = "  transfer: {encryption: Authenticated, secretRef: {name: keys}}\n"
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,12 @@ def _built(programs: None) -> None:
     """helm and cyclonus are built."""
 
 
-def service_policies(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+def service_policies(folder: Path, capsys: pytest.CaptureFixture[str], more: str = "") -> list[dict[str, Any]]:
     """Of two services side by side, before their models are there (so that downloads are running)."""
     found = []
     for name in ("chat", "mail"):
         path = folder / f"{name}.yaml"
-        path.write_text(SERVICE % name)
+        path.write_text(SERVICE % name + more)
         capsys.readouterr()
         assert main(["manifests", str(path), "--json"]) == 0
         found += json.loads(capsys.readouterr().out)["items"]
@@ -151,6 +154,17 @@ def test_every_flow_and_its_negation(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
     assert wrong == []
     assert sum(wanted) >= len(FLOWS) + 2 * (len(PEERS) - 2)
+
+
+def test_the_data_port_of_an_encrypted_service_is_open_to_its_prefill_workers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Probes on the health port come from the node, which no policy rules."""
+    policies = service_policies(tmp_path, capsys, SEALED)
+    cases = [(source, "decode", port) for port in (KV, KV_DATA, HEALTH) for source in PEERS if source != "decode"]
+    answers = allowed(tmp_path, policies, [packet(*case) for case in cases])
+    found = {(source, port) for (source, _, port), answer in zip(cases, answers, strict=True) if answer}
+    assert found == {("prefill", KV), ("prefill", KV_DATA)}
 
 
 def test_nothing_of_ours_is_kept_from_going_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,8 +193,8 @@ def test_pods_that_admission_refuses_are_told_in_its_words(cluster: Cluster, nam
 
 
 def test_what_this_version_cannot_do_is_said_and_nothing_is_made(cluster: Cluster, namespace: str) -> None:
-    cluster.apply(idle_service(NAME, namespace, transfer={"encryption": "Full"}))
-    assert wait_degraded(cluster, namespace, "Unsupported").startswith("spec.transfer.encryption")
+    cluster.apply(idle_service(NAME, namespace, transfer={"channel": "NCCL"}))
+    assert wait_degraded(cluster, namespace, "Unsupported").startswith("spec.transfer.channel")
     assert cluster.items("deployment,service", namespace, f"lanewise.io/service={NAME}") == []
 
 

@@ -167,7 +167,7 @@ def test_a_change_of_configuration_restarts_only_whom_it_concerns() -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"transfer__encryption": "Full"}, "spec.transfer.encryption"),
+        ({"transfer__encryption": "Full"}, "spec.transfer.secretRef"),
         ({"transfer__channel": "NCCL"}, "spec.transfer.channel"),
         ({"router__tls": {"secretName": "x"}}, "spec.router.tls"),
         ({"decode__tensorParallel": 2}, "spec.decode.tensorParallel"),
@@ -181,3 +181,42 @@ def test_what_this_version_cannot_do_is_named(change: dict[str, Any], field: str
 def test_a_rendering_that_is_not_known_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"status\.runtime\.rendering: expected 1, got 2"):
         plan(service("fable"), context(runtime=RUNTIME.model_copy(update={"rendering": 2})))
+
+
+def config_of(made: Plan, role: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(made.config[role])
+    return found
+
+
+def test_an_encrypted_service_mounts_its_keys_and_is_probed_in_the_clear() -> None:
+    wanted = service("encrypted")
+    assert unsupported(wanted) is None
+    made = plan(wanted, context())
+    assert config_of(made, "router")["worker_tls_dir"] == "/etc/lanewise-secret"
+    for role in ("prefill", "decode"):
+        found, (container,) = config_of(made, role), made.deployments[role]["spec"]["template"]["spec"]["containers"]
+        assert (found["encryption"], found["secret_dir"]) == ("Authenticated", "/etc/lanewise-secret")
+        assert found["health_listen"] == "0.0.0.0:50062"
+        probes = [container[f"{name}Probe"]["grpc"]["port"] for name in ("startup", "liveness", "readiness")]
+        assert probes == [50062] * 3
+        assert {"mountPath": "/etc/lanewise-secret", "name": "transfer-keys", "readOnly": True} in container[
+            "volumeMounts"
+        ]
+    assert config_of(made, "decode")["kv_data_listen"] == "tcp://0.0.0.0:50072"
+    secrets = {role: keys_of(made, role) for role in made.deployments}
+    assert {role: keys["secretName"] for role, keys in secrets.items()} == dict.fromkeys(secrets, "sealed-keys")
+    assert [item["key"] for item in secrets["router"]["items"]] == ["ca.crt", "tls.crt", "tls.key"], "no KV keys"
+    full = plan(changed("encrypted", transfer__encryption="Full"), context())
+    assert "kv_data_listen" not in config_of(full, "decode")
+
+
+def keys_of(made: Plan, role: str) -> dict[str, Any]:
+    volumes = made.deployments[role]["spec"]["template"]["spec"]["volumes"]
+    found: dict[str, Any] = next(volume["secret"] for volume in volumes if volume["name"] == "transfer-keys")
+    return found
+
+
+def test_workers_that_speak_differently_have_different_fingerprints() -> None:
+    plain = changed("encrypted", transfer={"encryption": "None"})
+    sealed, full = service("encrypted"), changed("encrypted", transfer__encryption="Full")
+    assert len({fingerprint_hash(found, context()) for found in (plain, sealed, full)}) == 3

@@ -68,8 +68,8 @@ def reply(router: str, requests: float = 0, held: int = 0, workers: tuple[Any, .
     return pb.FleetReply(router=router, held=held, demand=demand, workers=workers)
 
 
-def worker(role: str, incarnation: str, age_s: float = 0.0, **stats: Any) -> pb.FleetWorker:
-    description = pb.Description(role=role, incarnation=incarnation)
+def worker(role: str, incarnation: str, age_s: float = 0.0, watts: int = 0, **stats: Any) -> pb.FleetWorker:
+    description = pb.Description(role=role, incarnation=incarnation, power_watts=watts)
     return pb.FleetWorker(description=description, stats=pb.Stats(**stats), stats_age_s=age_s, ready=True)
 
 
@@ -103,6 +103,15 @@ def test_replicas_in_the_service_keep_the_policy_out(role: str) -> None:
 
 
 # ---------------------------------------------------------------- what is seen
+
+
+def test_the_power_of_a_worker_is_what_its_gpu_may_draw_and_is_remembered() -> None:
+    memory = Memory()
+    workers = (worker("prefill", "p1", watts=700), worker("prefill", "p2", watts=600), worker("decode", "d1"))
+    seen = look(known(), [reply("a", workers=workers)], memory)
+    assert (seen.prefill.watts, seen.decode.watts) == (700.0, 0.0)  # the hungriest stands for its role
+    gone = look(known(), [reply("a")], memory, 115.0)
+    assert gone.prefill.watts == 700.0  # scaled to zero: the budget still knows what a worker takes
 
 
 def test_demand_is_the_difference_of_totals_over_all_routers() -> None:
