@@ -48,6 +48,7 @@ class WorkerIdentity:
     device: str
     pid: int
     kv_bytes_per_token: int = 0  # 0: not told
+    power_watts: int = 0  # most its GPU may draw; 0: not known
 
 
 @dataclass(frozen=True, slots=True)

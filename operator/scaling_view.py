@@ -33,6 +33,7 @@ class Memory:
     totals: dict[str, Demand] = field(default_factory=dict)  # of each router, when it was last asked
     asked_at: float | None = None
     costs: dict[str, CostModel] = field(default_factory=dict)  # by role, while no worker is up to say it
+    watts: dict[str, float] = field(default_factory=dict)  # of one worker, by role, likewise
     capacity: int = 0
 
 
@@ -89,11 +90,14 @@ def observe(
     pods = known.of("Pod")
     roles = {}
     for role in names.WORKERS:
-        stats = [item.stats for item in workers if item.description.role == role]
+        mine = [item for item in workers if item.description.role == role]
+        stats = [item.stats for item in mine]
         _learn(role, stats, memory)
+        if power := max((float(item.description.power_watts) for item in mine), default=0.0):
+            memory.watts[role] = power
         deployment = known.child("Deployment", f"{service}-{role}")
-        mine = [pod for pod in pods if pod["metadata"].get("labels", {}).get(names.COMPONENT_LABEL) == role]
-        roles[role] = _role(role, deployment, mine, stats, memory, now)
+        its_pods = [pod for pod in pods if pod["metadata"].get("labels", {}).get(names.COMPONENT_LABEL) == role]
+        roles[role] = _role(role, deployment, its_pods, stats, memory, now)
     prefill = [item.stats for item in workers if item.description.role == "prefill"]
     decode = [item.stats for item in workers if item.description.role == "decode"]
     return Observation(
@@ -169,7 +173,7 @@ def _role(
         cost=cost,
         kv_capacity_tokens=memory.capacity,
         gpus=gpus_of(deployment),
-        watts=max((float(item.counters.get("gpu_watts", 0)) for item in stats), default=0.0),
+        watts=memory.watts.get(role, 0.0),
         correction=_correction(stats, cost) if role == "decode" else 1.0,
     )
 

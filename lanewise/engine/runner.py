@@ -15,7 +15,7 @@ import structlog
 import torch
 
 from lanewise.config import WorkerConfig
-from lanewise.engine import machine, sources, weights
+from lanewise.engine import machine, power, sources, weights
 from lanewise.engine.checkpoint import Checkpoint
 from lanewise.engine.kv_pool import KVPool, layout_of, pool_pages
 from lanewise.engine.model import Decoder, OnLayers
@@ -63,6 +63,7 @@ class Engine:
         self.max_context_tokens = model_config.max_context_tokens
         self.device = str(pool.device)
         self.memory_bytes = machine.memory_bytes(pool.device)
+        self.power_watts = power.limit_watts(pool.device)
         self.kernels = decoder.kernels
         self._decoder = decoder
 

@@ -175,6 +175,7 @@ def description_to_wire(identity: WorkerIdentity, *, memory_bytes: int = 0, toke
         device=identity.device,
         pid=identity.pid,
         kv_bytes_per_token=identity.kv_bytes_per_token,
+        power_watts=identity.power_watts,
         memory_bytes=memory_bytes,
         tokenizer_hash=tokenizer_hash,
     )
@@ -197,6 +198,7 @@ def description_from_wire(wire: pb.Description) -> WorkerIdentity:
         device=wire.device,
         pid=wire.pid,
         kv_bytes_per_token=wire.kv_bytes_per_token,
+        power_watts=wire.power_watts,
     )
 
 

@@ -713,7 +713,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, with_tokenizer: _Optional[bool] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("role", "name", "incarnation", "address", "kv_address", "model", "fingerprint", "fingerprint_fields", "max_context_tokens", "kv_capacity_tokens", "vocab_size", "device", "pid", "memory_bytes", "tokenizer_hash", "kv_bytes_per_token")
+    __slots__ = ("role", "name", "incarnation", "address", "kv_address", "model", "fingerprint", "fingerprint_fields", "max_context_tokens", "kv_capacity_tokens", "vocab_size", "device", "pid", "memory_bytes", "tokenizer_hash", "kv_bytes_per_token", "power_watts")
     class FingerprintFieldsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -737,6 +737,7 @@ class Description(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_HASH_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    POWER_WATTS_FIELD_NUMBER: _ClassVar[int]
     role: str
     name: str
     incarnation: str
@@ -753,7 +754,8 @@ class Description(_message.Message):
     memory_bytes: int
     tokenizer_hash: str
     kv_bytes_per_token: int
-    def __init__(self, role: _Optional[str] = ..., name: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., kv_address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., fingerprint_fields: _Optional[_Mapping[str, str]] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
+    power_watts: int
+    def __init__(self, role: _Optional[str] = ..., name: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., kv_address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., fingerprint_fields: _Optional[_Mapping[str, str]] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., power_watts: _Optional[int] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
     __slots__ = ("description", "tokenizer_json", "chat_template", "special_tokens", "eos_token_ids", "generation_defaults_json")

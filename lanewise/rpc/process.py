@@ -82,6 +82,7 @@ class EngineFacts(Protocol):
     model_dir: Path
     device: str
     memory_bytes: int
+    power_watts: int
 
     @property
     def pool(self) -> PoolFacts: ...
@@ -106,6 +107,7 @@ def worker_facts(
         device=engine.device,
         pid=os.getpid(),
         kv_bytes_per_token=engine.pool.layout.bytes_per_token,
+        power_watts=engine.power_watts,
     )
     return WorkerFacts(identity, read_tokenizer_files(engine.model_dir, engine.eos_ids), memory_in_use(engine))
 
