@@ -33,35 +33,39 @@ class KVPool(PageTable):
         self.device = device
         shape = (2, num_pages, page_tokens, layout.num_kv_heads, layout.head_dim)
         dtype: torch.dtype = getattr(torch, layout.dtype)
-        self.layers = [_zeros(shape, dtype, device) for _ in range(layout.num_layers)]
-        row_bytes = layout.num_kv_heads * layout.head_dim * layout.dtype_bytes
-        self._raw = [layer.view(2, num_pages * page_tokens, -1).view(torch.uint8) for layer in self.layers]
-        self._rows: list[Bytes] = [raw.numpy() for raw in self._raw] if device.type == "cpu" else []
-        self._row_bytes = row_bytes
+        memory = _zeros((layout.num_layers, *shape), dtype, device)
+        self.layers = list(memory.unbind(0))
+        self._row_bytes = layout.num_kv_heads * layout.head_dim * layout.dtype_bytes
+        self._raw = memory.view(layout.num_layers, 2, num_pages * page_tokens, -1).view(torch.uint8)
+        self._rows: Bytes | None = self._raw.numpy() if device.type == "cpu" else None
 
-    def read(self, pages: Seq[int], tokens: range, layers: range) -> Bytes:
-        """Bytes [layer][K|V][token][head][dim] of these tokens of the sequence that `pages` belong to."""
-        out = np.empty((len(layers), 2, len(tokens), self._row_bytes), dtype=np.uint8)
+    def read(self, pages: Seq[int], tokens: range, layers: range, out: Bytes | None = None) -> Bytes:
+        """Bytes [layer][K|V][token][head][dim] of these tokens of the sequence that `pages` belong to.
+
+        Copied into `out`: uint8, contiguous, of exactly that size (ValueError); by default a new array."""
+        if out is None:
+            out = np.empty(self.layout.slice_bytes(len(tokens), len(layers)), dtype=np.uint8)
+        block = out.reshape(len(layers), 2, len(tokens), self._row_bytes)
         runs = self._runs(pages, tokens)
+        if self._rows is not None:
+            for slot, offset, count in runs:
+                block[:, :, offset : offset + count] = self._rows[layers.start : layers.stop, :, slot : slot + count]
+            return out
         for index, layer in enumerate(layers):
-            if self._rows:
-                for slot, offset, count in runs:
-                    out[index, :, offset : offset + count] = self._rows[layer][:, slot : slot + count]
-            else:
-                out[index] = self._raw[layer].index_select(1, self._slots(runs)).cpu().numpy()
-        return out.reshape(-1)
+            block[index] = self._raw[layer].index_select(1, self._slots(runs)).cpu().numpy()
+        return out
 
     def write(self, pages: Seq[int], tokens: range, layers: range, data: memoryview | bytes | Bytes) -> None:
         """The inverse of `read`."""
         source = np.frombuffer(data, dtype=np.uint8).reshape(len(layers), 2, len(tokens), self._row_bytes)
         runs = self._runs(pages, tokens)
+        if self._rows is not None:
+            for slot, offset, count in runs:
+                self._rows[layers.start : layers.stop, :, slot : slot + count] = source[:, :, offset : offset + count]
+            return
         for index, layer in enumerate(layers):
-            if self._rows:
-                for slot, offset, count in runs:
-                    self._rows[layer][:, slot : slot + count] = source[index, :, offset : offset + count]
-            else:
-                part = torch.from_numpy(source[index].copy()).to(self.device)
-                self._raw[layer].index_copy_(1, self._slots(runs), part)
+            part = torch.from_numpy(source[index].copy()).to(self.device)
+            self._raw[layer].index_copy_(1, self._slots(runs), part)
 
     def _slots(self, runs: list[tuple[int, int, int]]) -> torch.Tensor:
         return torch.cat([torch.arange(slot, slot + count) for slot, _, count in runs]).to(self.device)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import xxhash
 
@@ -17,31 +19,39 @@ from lanewise.transfer.records import Slice
 _RECORD = struct.Struct("<8sIIII")
 
 
+@dataclass(slots=True)
+class _Band:
+    """Neighbouring layers of which the same tokens are computed and cut."""
+
+    lo: int
+    hi: int
+    cut: int
+    ready: int
+
+
 class Cutter:
     """Turns "KV of these layers is ready up to this token" into chunks, each (token, layer) exactly once."""
 
     def __init__(self, layout: KVLayout, total_tokens: int) -> None:
         self._layout = layout
         self._total = total_tokens
-        self._ready = [0] * layout.num_layers  # tokens computed, per layer
-        self._cut = [0] * layout.num_layers  # tokens already in a chunk, per layer
+        self._bands = [_Band(0, layout.num_layers, 0, 0)]
         self._found: dict[int, Slice | None] = {}  # by size limit; many transfers are asked for each chunk sent
 
     def skip(self, have_tokens: int) -> None:
         """The receiver holds these leading tokens."""
-        self._cut = [have_tokens] * len(self._cut)
-        self._found.clear()
+        for band in self._bands:
+            band.cut = have_tokens
+        self._merge()
 
     def ready(self, tokens: int, layers: range) -> None:
-        tokens = min(tokens, self._total)
-        self._found.clear()
-        for layer in layers:
-            if 0 <= layer < len(self._ready):
-                self._ready[layer] = max(self._ready[layer], tokens)
+        for band in self._of(layers.start, layers.stop):
+            band.ready = max(band.ready, min(tokens, self._total))
+        self._merge()
 
     @property
     def done(self) -> bool:
-        return all(cut >= self._total for cut in self._cut)
+        return all(band.cut >= self._total for band in self._bands)
 
     def peek(self, max_bytes: int) -> Slice | None:
         """The next chunk of at most `max_bytes`: as many layers as fit, for a run of tokens is contiguous in a pool."""
@@ -50,26 +60,41 @@ class Cutter:
         return self._found[max_bytes]
 
     def _find(self, max_bytes: int) -> Slice | None:
-        cut, ready = self._cut, self._ready
-        for first in range(len(cut)):
-            lo, hi = cut[first], ready[first]
-            if lo >= hi:
+        for band in self._bands:
+            if band.cut >= band.ready:
                 continue
-            tokens = min(hi - lo, max(1, max_bytes // self._layout.slice_bytes(1, 1)))
+            whole = band.ready - band.cut
+            tokens = min(whole, max(1, max_bytes // self._layout.slice_bytes(1, 1)))
             layers = 1
-            if tokens == hi - lo:
-                limit = max(1, max_bytes // self._layout.slice_bytes(tokens, 1))
-                while layers < limit and first + layers < len(cut):
-                    if (cut[first + layers], ready[first + layers]) != (lo, hi):
-                        break
-                    layers += 1
-            return Slice(lo, lo + tokens, first, first + layers)
+            if tokens == whole:
+                layers = min(band.hi - band.lo, max(1, max_bytes // self._layout.slice_bytes(tokens, 1)))
+            return Slice(band.cut, band.cut + tokens, band.lo, band.lo + layers)
         return None
 
     def take(self, piece: Slice) -> None:
+        for band in self._of(piece.layer_lo, piece.layer_hi):
+            band.cut = piece.token_hi
+        self._merge()
+
+    def _of(self, lo: int, hi: int) -> list[_Band]:
+        """The bands of exactly these layers, after cutting those that reach over the edges."""
+        for edge in (lo, hi):
+            for index, band in enumerate(self._bands):
+                if band.lo < edge < band.hi:
+                    self._bands[index : index + 1] = [replace(band, hi=edge), replace(band, lo=edge)]
+                    break
+        return [band for band in self._bands if lo <= band.lo and band.hi <= hi]
+
+    def _merge(self) -> None:
         self._found.clear()
-        for layer in piece.layers:
-            self._cut[layer] = piece.token_hi
+        merged = self._bands[:1]
+        for band in self._bands[1:]:
+            last = merged[-1]
+            if (last.cut, last.ready) == (band.cut, band.ready):
+                last.hi = band.hi
+            else:
+                merged.append(band)
+        self._bands = merged
 
 
 def digest(chunks: Iterable[tuple[bytes, Slice]]) -> bytes:
@@ -82,16 +107,20 @@ def digest(chunks: Iterable[tuple[bytes, Slice]]) -> bytes:
 
 def covers(pieces: Iterable[Slice], tokens: range, num_layers: int) -> bool:
     """Whether the pieces tile tokens x layers: nothing missing, nothing twice."""
-    spans: list[list[tuple[int, int]]] = [[] for _ in range(num_layers)]
-    for piece in pieces:
-        for layer in piece.layers:
-            spans[layer].append((piece.token_lo, piece.token_hi))
-    for row in spans:
+    pieces = list(pieces)
+    edges = sorted({0, num_layers, *(edge for p in pieces for edge in (p.layer_lo, p.layer_hi))})
+    if (edges[0], edges[-1]) != (0, num_layers):
+        return False
+    for low, high in pairwise(edges):  # between two edges all layers are alike
         at = tokens.start
-        for lo, hi in sorted(row):
-            if lo != at:
+        for piece in sorted((p for p in pieces if p.layer_lo <= low and high <= p.layer_hi), key=_first_token):
+            if piece.token_lo != at:
                 return False
-            at = hi
+            at = piece.token_hi
         if at != tokens.stop:
             return False
     return True
+
+
+def _first_token(piece: Slice) -> int:
+    return piece.token_lo

@@ -38,6 +38,7 @@ class ReceiverCore:
         self._counters = counters
         self._senders = KnownSenders(identity, timers, limits)
         self.table = TransferTable(identity.incarnation, timers, limits, counters)
+        self._look_at = 0.0
         self._dirty: set[Key] = set()
         self._unheard: set[Key] = set()  # closing: aborted, and the sender has not said that it knows
 
@@ -227,10 +228,20 @@ class ReceiverCore:
 
     @property
     def deadline(self) -> float:
-        waits = (min(t.hold_until, t.lease_at) for t in self.table.live.values())
-        return min(self._senders.deadline, self.table.tombstones.deadline, min(waits, default=float("inf")))
+        """When `tick` has something to do, or a little earlier. Asked for after every message, so it is not searched
+        for then: what has begun to wait since the last search cannot be over before the shortest wait is."""
+        return self._look_at
 
     def tick(self, now: float) -> list[Action]:
+        if now < self._look_at:
+            return []
+        actions = self._expire(now)
+        waits = (min(t.hold_until, t.lease_at) for t in self.table.live.values())
+        ends = min(self._senders.deadline, self.table.tombstones.deadline, min(waits, default=float("inf")))
+        self._look_at = min(ends, now + self._timers.shortest_s)
+        return actions
+
+    def _expire(self, now: float) -> list[Action]:
         actions: list[Action] = []
         self.table.tombstones.purge(now)
         dead = self._senders.take_dead(now)

@@ -32,7 +32,7 @@ from lanewise.transfer.records import (
     ReceiverEvent,
     Timers,
 )
-from lanewise.transfer.zmq_link import SocketThread, make_router, send_now
+from lanewise.transfer.zmq_link import SocketThread, make_router, receive, send_now
 
 _BYTES_PER_TURN = 4 << 20  # then ACKs go out, and commands and timers have their turn
 _MESSAGES_PER_TURN = 64
@@ -120,13 +120,14 @@ class ReceiverThread(SocketThread):
         taken = 0
         for _ in range(_MESSAGES_PER_TURN):
             try:
-                routing_id = sock.recv(zmq.NOBLOCK)
+                frames = receive(sock)
             except zmq.Again:
                 return
-            header, payload = _rest(sock)
+            payload = frames[2].buffer if len(frames) > 2 else _EMPTY
             taken += len(payload)
             try:
-                message = self._authored(m.decode(header), routing_id, sock is self._data)
+                header = frames[1].buffer if len(frames) > 1 else _EMPTY
+                message = self._authored(m.decode(header), frames[0].bytes, sock is self._data)
             except m.MalformedMessage:
                 self.counters.malformed += 1
                 continue
@@ -225,18 +226,6 @@ class ReceiverThread(SocketThread):
             queue.clear()
         if not queue:
             del self._stuck[peer]
-
-
-def _rest(sock: zmq.Socket[bytes]) -> tuple[memoryview, memoryview]:
-    """Header and payload of a message whose first frame was read; frames beyond those are thrown away."""
-    found: list[memoryview] = []
-    while sock.getsockopt(zmq.RCVMORE):
-        if len(found) < 2:
-            found.append(sock.recv(copy=False).buffer)
-        else:
-            sock.recv_into(bytearray())
-    found += [_EMPTY] * (2 - len(found))
-    return found[0], found[1]
 
 
 def _next_port(listen: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,8 +60,11 @@ class PageStore(Protocol):
     @property
     def layout(self) -> KVLayout: ...
 
-    def read(self, pages: Pages, tokens: range, layers: range) -> NDArray[np.uint8]:
-        """Bytes of these tokens and layers in wire order. A copy, never a view of the pool: it outlives the pages."""
+    def read(
+        self, pages: Pages, tokens: range, layers: range, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
+        """Bytes of these tokens and layers in wire order, copied into `out` (contiguous, of exactly their size) or a
+        new array; never a view of the pool."""
 
     def write(self, pages: Pages, tokens: range, layers: range, data: memoryview) -> None:
         """The inverse of `read`. `data` is borrowed for the duration of the call."""
@@ -121,6 +124,12 @@ class Timers:
     ping_s: float = 2.0
     ping_misses: int = 3
     tombstone_s: float = 120.0
+
+    @property
+    def shortest_s(self) -> float:
+        """No wait that begins now can end before so much time has passed."""
+        waits: list[float] = [value for name, value in asdict(self).items() if name.endswith("_s")]
+        return min(waits)
 
     @property
     def dead_s(self) -> float:

@@ -7,30 +7,18 @@ Must not: touch pages or sockets.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from lanewise.request import Token
 from lanewise.transfer import messages as m
+from lanewise.transfer.farewells import Farewells, LinkId
 from lanewise.transfer.link_state import LinkMachine
 from lanewise.transfer.protocol import Action, Disconnect, Emit, LinkPhase, Send
 from lanewise.transfer.records import Aborted, Binding, Counters, Endpoint, Key, Limits, Pages, Peer, Timers
 from lanewise.transfer.send_window import Job
 from lanewise.transfer.sender_state import SenderTransfer
 
-LinkId = tuple[str, str]
-"""(address, incarnation). Links of several incarnations may share an address: only one of them can answer."""
-
 _FAIR_EVERY = 4
 """The transfer with the least left goes first, but every n-th chunk is the oldest transfer's, so none starves."""
-
-
-@dataclass(slots=True)
-class _Ending:
-    """An ABORT of ours that the receiver has not acknowledged yet."""
-
-    message: m.Abort
-    tries: int
-    at: float
 
 
 class SenderCore:
@@ -51,12 +39,13 @@ class SenderCore:
         self._links: dict[LinkId, LinkMachine] = {}
         self._transfers: dict[Key, SenderTransfer] = {}
         self._by_address: dict[str, dict[Key, SenderTransfer]] = {}
-        self._ending: dict[LinkId, dict[Key, _Ending]] = {}
+        self._farewells = Farewells(timers)
         self._turn = 0
+        self._look_at = 0.0
 
     @property
     def idle(self) -> bool:
-        return not self._transfers and not any(self._ending.values())
+        return not self._transfers and self._farewells.idle
 
     @property
     def live(self) -> int:
@@ -158,7 +147,7 @@ class SenderCore:
         assert isinstance(message, m.AnyMessage)
         actions: list[Action] = []
         if isinstance(message, m.AbortAck):
-            self._ending.get(link_id, {}).pop(message.key, None)
+            self._farewells.heard(link_id, message.key)
             return actions
         if isinstance(message, m.Abort):
             actions.append(self._send(link_id, m.AbortAck(*self._names(link_id), *message.key, True)))
@@ -191,11 +180,19 @@ class SenderCore:
 
     @property
     def deadline(self) -> float:
-        ends = [ending.at for group in self._ending.values() for ending in group.values()]
-        links = [link.deadline for link in self._links.values()]
-        return min((*ends, *links, *(transfer.deadline for transfer in self._transfers.values())), default=float("inf"))
+        """When `tick` has something to do, or a little earlier: see `ReceiverCore.deadline`."""
+        return self._look_at
 
     def tick(self, now: float) -> list[Action]:
+        if now < self._look_at:
+            return []
+        actions = self._expire(now)
+        links = (link.deadline for link in self._links.values())
+        transfers = (transfer.deadline for transfer in self._transfers.values())
+        self._look_at = min((*links, *transfers, self._farewells.deadline, now + self._timers.shortest_s))
+        return actions
+
+    def _expire(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for transfer in list(self._transfers.values()):
             actions += self._finish(transfer, transfer.tick(now), now)
@@ -205,26 +202,11 @@ class SenderCore:
                 actions.append(self._ping(link_id))
             if link.forgettable(now) and not self._uses(link_id):
                 actions += self._forget(link_id)
-        for link_id, group in self._ending.items():
-            actions += self._abort_again(link_id, group, now)
-        return actions
+        return actions + self._farewells.tick(now)
 
     def _ping(self, link_id: LinkId) -> Action:
         live = [key for key, transfer in self._of(link_id) if transfer.streaming][: m.MAX_LIVE]
         return self._send(link_id, m.Ping(*self._names(link_id), tuple(live)))
-
-    def _abort_again(self, link_id: LinkId, group: dict[Key, _Ending], now: float) -> list[Action]:
-        actions: list[Action] = []
-        for key, ending in list(group.items()):
-            if now < ending.at:
-                continue
-            if ending.tries >= self._timers.abort_tries:
-                del group[key]  # the receiver's lease and its own view of the dead link free the rest
-                continue
-            ending.tries += 1
-            ending.at = now + self._timers.abort_ack_s
-            actions.append(self._send(link_id, ending.message))
-        return actions
 
     # --- what follows from a machine's actions
 
@@ -239,7 +221,7 @@ class SenderCore:
         elif link.phase is LinkPhase.FAILED:
             for _, transfer in self._of(link_id):
                 out += self._finish(transfer, transfer.fail(link.reason, link.mismatch), now)
-            self._ending.pop(link_id, None)
+            self._farewells.forget(link_id)
         return out
 
     def _finish(
@@ -257,10 +239,7 @@ class SenderCore:
         return actions
 
     def _tell(self, link_id: LinkId, key: Key, reason: str, now: float) -> Action:
-        message = m.Abort(*self._names(link_id), *key, m.clip(reason))
-        group = self._ending.setdefault(link_id, {})
-        group[key] = _Ending(message, 1, now + self._timers.abort_ack_s)
-        return self._send(link_id, message)
+        return self._farewells.say(link_id, m.Abort(*self._names(link_id), *key, m.clip(reason)), now)
 
     def _link(self, peer: Peer) -> LinkMachine:
         link_id = (peer.kv_address, peer.incarnation)
@@ -270,7 +249,7 @@ class SenderCore:
 
     def _forget(self, link_id: LinkId) -> list[Action]:
         del self._links[link_id]
-        self._ending.pop(link_id, None)
+        self._farewells.forget(link_id)
         address = link_id[0]
         if any(other == address for other, _ in self._links):
             return []

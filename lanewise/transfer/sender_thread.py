@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lanewise.errors import ConfigError
 from lanewise.transfer import mac
 from lanewise.transfer import messages as m
+from lanewise.transfer.buffers import Buffers
 from lanewise.transfer.dealers import Connection, open_connection, open_data, writable
 from lanewise.transfer.faults import Faults, Frames, is_loopback
 from lanewise.transfer.keys import Security
@@ -39,7 +40,7 @@ from lanewise.transfer.records import (
 from lanewise.transfer.send_window import Job
 from lanewise.transfer.sender_core import SenderCore
 from lanewise.transfer.sender_state import SenderTransfer
-from lanewise.transfer.zmq_link import SocketThread, send_now
+from lanewise.transfer.zmq_link import MORE, NOBLOCK, SocketThread, receive, send_now
 
 _CHUNKS_PER_TURN = 8  # then messages, commands and timers have their turn
 
@@ -65,6 +66,7 @@ class SenderThread(SocketThread):
         self._connections: dict[str, Connection] = {}
         self._by_socket: dict[zmq.Socket[bytes], Connection] = {}
         self._backlog = False
+        self._buffers = Buffers(limits.data_hwm * limits.stripes)
 
     def check(self, peer: Peer) -> None:
         if self.faults.active and not is_loopback(peer.kv_address):
@@ -93,11 +95,11 @@ class SenderThread(SocketThread):
             return
         for _ in range(64):
             try:
-                frames = sock.recv_multipart(zmq.NOBLOCK)
+                frames = receive(sock)
             except zmq.Again:
                 return
             try:
-                message = m.decode(frames[0])
+                message = m.decode(frames[0].bytes)
             except m.MalformedMessage:
                 self.counters.malformed += 1
                 continue
@@ -182,7 +184,7 @@ class SenderThread(SocketThread):
 
     def _send_chunk(self, sock: zmq.Socket[bytes], transfer: SenderTransfer, job: Job, now: float) -> None:
         try:
-            payload = self._gather(job)
+            buffer, payload = self._gather(job)
         except Exception as error:  # of the pool, whatever it is: this transfer ends, the others go on
             self.perform(self.core.abort(job.key, f"reading pages: {error}", now), now)
             return
@@ -192,11 +194,14 @@ class SenderThread(SocketThread):
         def send(frames: Frames) -> None:
             nonlocal accepted
             try:
-                sock.send(frames[0], zmq.SNDMORE | zmq.NOBLOCK)
+                sock.send(frames[0], MORE)
                 self.faults.point("mid_chunk")
-                sock.send(frames[1], zmq.NOBLOCK, copy=False)
+                tracker = sock.send(frames[1], NOBLOCK, copy=False, track=True)
             except zmq.Again:
                 accepted = False
+            else:
+                if not self.faults.active:  # else the bytes may go out again, or later
+                    self._buffers.lend(buffer, tracker)
 
         chunk = transfer.chunk(job, crc)
         if transfer.mac_key:
@@ -207,11 +212,13 @@ class SenderThread(SocketThread):
         self.counters.chunks_resent += job.resend
         self.perform(self.core.sent(transfer, job, crc, accepted, now), now)
 
-    def _gather(self, job: Job) -> NDArray[np.uint8]:
-        data = np.ascontiguousarray(self._store.read(job.pages, job.slice.tokens, job.slice.layers)).reshape(-1)
-        if data.dtype != np.uint8 or data.nbytes != job.slice.nbytes(self._layout):
-            raise ValueError(f"{data.nbytes} bytes of {data.dtype}, not {job.slice.nbytes(self._layout)} of uint8")
-        return data
+    def _gather(self, job: Job) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """A buffer and the part of it that now holds the chunk."""
+        num_bytes = job.slice.nbytes(self._layout)
+        buffer = self._buffers.take(max(num_bytes, self.limits.chunk_bytes))
+        payload = buffer[:num_bytes]
+        self._store.read(job.pages, job.slice.tokens, job.slice.layers, payload)
+        return buffer, payload
 
     # --- connections
 

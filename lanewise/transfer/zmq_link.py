@@ -26,7 +26,10 @@ from lanewise.transfer.records import Counters, Limits
 
 log = logging.getLogger("lanewise.transfer")
 
-NOBLOCK = zmq.NOBLOCK
+NOBLOCK = int(zmq.NOBLOCK)  # numbers: combining and looking up the enums costs more than a send
+MORE = int(zmq.SNDMORE) | NOBLOCK
+_POLLIN = int(zmq.POLLIN)
+_KEPT_FRAMES = 3
 _MAX_POLL_S = 1.0
 
 
@@ -177,7 +180,7 @@ class SocketThread(ABC):
         ready = self.poller.poll(_milliseconds(wait_s))
         for sock, event in ready:
             if isinstance(sock, zmq.Socket):
-                if event & zmq.POLLIN:
+                if int(event) & _POLLIN:
                     self._guarded(self.on_readable, sock, time.monotonic())
             else:
                 self._drain_wake()
@@ -217,6 +220,17 @@ class SocketThread(ABC):
 def _milliseconds(seconds: float) -> int:
     """Rounded up: rounding down would spin until the deadline."""
     return int(seconds * 1000) + (seconds > 0)
+
+
+def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
+    """The next message, its first three frames; raises Again where there is none. Frames beyond are thrown away."""
+    frame = sock.recv(NOBLOCK, copy=False)
+    frames = [frame]
+    while frame.more:
+        frame = sock.recv(copy=False)
+        if len(frames) < _KEPT_FRAMES:
+            frames.append(frame)
+    return frames
 
 
 def send_now(sock: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) -> bool:

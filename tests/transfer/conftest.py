@@ -60,9 +60,13 @@ class NumpyStore:
         index = np.arange(tokens.start, tokens.stop)
         return np.asarray(pages)[index // self.page_tokens], index % self.page_tokens
 
-    def read(self, pages: list[int], tokens: range, layers: range) -> np.ndarray:
+    def read(self, pages: list[int], tokens: range, layers: range, out: np.ndarray | None = None) -> np.ndarray:
         page, slot = self._at(pages, tokens)
-        return self.pool[layers.start : layers.stop][:, :, page, slot].reshape(-1)
+        found = self.pool[layers.start : layers.stop][:, :, page, slot].reshape(-1)
+        if out is None:
+            return found
+        out[:] = found
+        return out
 
     def write(self, pages: list[int], tokens: range, layers: range, data: memoryview) -> None:
         self.before_write()

@@ -121,6 +121,7 @@ class WhoMayTouchWhich(RuleBasedStateMachine):
     def start(self, seed: int, drop: float, double: float, late: float, damage: float) -> None:
         self.world = Owned(seed, Net(drop, double, late, damage))
         self.dice = random.Random(seed)
+        self.replays = 0
         self.epochs: dict[str, int] = {}
 
     @rule(request=st.sampled_from("abcd"), tokens=st.sampled_from(LENGTHS), expected=st.booleans())
@@ -167,8 +168,9 @@ class WhoMayTouchWhich(RuleBasedStateMachine):
         """Everything still on the wire arrives twice, in another order."""
         again = list(self.world.wire)
         self.dice.shuffle(again)
-        for index, (_, _, to, message, payload) in enumerate(again):
-            heapq.heappush(self.world.wire, (self.world.now, 10**6 + index + id(again), to, message, payload))
+        for _, _, to, message, payload in again:
+            self.replays += 1
+            heapq.heappush(self.world.wire, (self.world.now, 10**6 + self.replays, to, message, payload))
 
     @invariant()
     def every_begun_transfer_lives_or_has_ended_once(self) -> None:
