@@ -22,6 +22,7 @@ from tests.cluster.kube.process import Usage
 from tests.cluster.kube.tools import wait_for
 from tests.cluster.load import Load
 
+STATUS = "llmservices.lanewise.io/status"
 STEADY_S = float(os.environ.get("LANEWISE_STEADY_S", "600"))
 SETTLE_S = 60.0
 STATUS_EVERY_S = 30.0
@@ -60,15 +61,12 @@ def test_a_steady_service_under_load_is_left_alone(own_cluster: Cluster, chart: 
     kinds = Counter(f"{event.verb} {event.kind}" for event in writes)
     print(f"{STEADY_S:.0f} s, {len(load.streams)} streams; writes of the operator: {dict(kinds)}")
     assert not [stream for stream in load.streams if stream.failed]
-    assert {event.kind for event in writes} <= {"llmservices.lanewise.io/status"}
+    assert {event.kind for event in writes} <= {STATUS}
     times = [event.received_s for event in writes]
     assert all(later - earlier > STATUS_EVERY_S - CLOCK_S for earlier, later in pairwise(times)), times
-    others = [
-        event
-        for event in cluster.audit.events(mark, namespace=namespace)
-        if event.is_write and event.user.startswith(f"system:serviceaccount:{namespace}:")
-    ]
-    assert others == [], "routers and workers change nothing"
+    # By whomever: what an operator does in vain shows as the work of controllers and the kubelet, too.
+    others = [event for event in cluster.audit.events(mark, namespace=namespace) if event.is_write]
+    assert {(event.user, event.verb, event.kind, event.name) for event in others if event.kind != STATUS} == set()
 
 
 def test_two_hundred_services_come_to_rest(own_cluster: Cluster, chart: Chart) -> None:
@@ -77,18 +75,13 @@ def test_two_hundred_services_come_to_rest(own_cluster: Cluster, chart: Chart) -
     names = [(f"many-{index % NUM_NAMESPACES}", f"svc-{index}") for index in range(NUM_SERVICES)]
     for space in sorted({space for space, _ in names}):
         cluster.kubectl("create", "namespace", space)
-    started, mark = time.monotonic(), cluster.audit.mark()
+    started = time.monotonic()
     fake = {role: {"replicas": 1, "podTemplate": {"spec": FAKE}} for role in ("prefill", "decode", "router")}
     cluster.apply(*(idle_service(name, space, **fake) for space, name in names))
     try:
-        wait_for(lambda: at_rest(cluster), "200 services to be at rest", MANY_DEADLINE_S, poll_s=3.0)
+        wait_for(lambda: at_rest(cluster), "200 services to be at rest", MANY_DEADLINE_S, poll_s=10.0)
         reached = time.monotonic() - started
-
-        def quiet() -> bool:
-            writes = by_the_operator(cluster, chart, mark)
-            return not writes or time.time() - writes[-1].ended_s > QUIET_S
-
-        wait_for(quiet, "a minute without a write", MANY_DEADLINE_S, poll_s=3.0)
+        wait_quiet(cluster, chart)
         usage = Usage.of(cluster, chart.leader(), chart.namespace)
         mark = cluster.audit.mark()
         later = usage.after(QUIET_S)
@@ -102,6 +95,20 @@ def test_two_hundred_services_come_to_rest(own_cluster: Cluster, chart: Chart) -
     finally:
         for space in sorted({space for space, _ in names}):
             cluster.kubectl("delete", "namespace", space, "--wait=false")
+
+
+def wait_quiet(cluster: Cluster, chart: Chart) -> None:
+    """Until the operator has written nothing for QUIET_S."""
+    seen, last = cluster.audit.mark(), time.time()
+
+    def quiet() -> bool:
+        nonlocal seen, last
+        position = cluster.audit.mark()
+        last = max((event.ended_s for event in by_the_operator(cluster, chart, seen)), default=last)
+        seen = position
+        return time.time() - last > QUIET_S
+
+    wait_for(quiet, "a minute without a write", MANY_DEADLINE_S, poll_s=3.0)
 
 
 def at_rest(cluster: Cluster) -> bool:

@@ -152,7 +152,12 @@ SOAK: tuple[Component, ...] = (
         "helm.sh/helm/v3",
         HELM3,
         {"helm3": "helm.sh/helm/v3/cmd/helm"},
-        stamps=(f"helm.sh/helm/v3/internal/version.version={HELM3}",),
+        stamps=(
+            f"helm.sh/helm/v3/internal/version.version={HELM3}",
+            # Without these it takes every cluster that it does not ask, as `helm template` does, for Kubernetes 1.20.
+            "helm.sh/helm/v3/pkg/chartutil.k8sVersionMajor=1",
+            f"helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor={KUBERNETES.split('.')[1]}",
+        ),
     ),
 )
 """What only `make soak` needs: ten more minutes of compiling."""

@@ -1,13 +1,14 @@
 """What is in the test images: a Python of this machine, Lanewise with its packages, and little else.
 
-Owns: the layers pause, python and control. Must not: contain torch, which is five gigabytes (worker pods of the tests
-mount the virtual environment instead, see `worker_pod_template`).
+Owns: the layers pause, python, control and native. Must not: contain torch, which is five gigabytes (worker
+pods of the tests mount the virtual environment instead, see `worker_pod_template`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import lanewise
+from lanewise.kernels import cpu_build
 from tests.cluster.kube.daemons import PAUSE_IMAGE
 from tests.cluster.kube.gobuild import cache_root
 from tests.cluster.kube.images import LEFT_OUT, REGISTRY, Image, Layer, LayerWriter, archive, layer
@@ -32,6 +34,8 @@ CONTROL_IMAGE = f"{REGISTRY}/lanewise-control:{lanewise.__version__}"
 WORKER_IMAGE = f"{REGISTRY}/lanewise-worker:{lanewise.__version__}"
 PACKAGES = "/opt/lanewise"
 """Where deploy/build-root.sh puts the packages."""
+NATIVE = "/opt/lanewise-native"
+"""And the native CPU kernels."""
 VENV_MOUNT = "/venv"
 PAUSE_SOURCE = """
 #include <signal.h>
@@ -52,11 +56,17 @@ def build(out: Path) -> Path:
     pause = layer(layers, "pause", PAUSE_SOURCE, partial(_pause, out))
     control = _control(layers, out)
     env = {"PYTHONPATH": PACKAGES, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/tmp"}
+    native = layer(layers, "native", _native_key(), partial(_native, out)) if platform.machine() == "x86_64" else None
     images = [
         Image(PAUSE_IMAGE, (pause,), command=("/pause",)),
         Image(APP_IMAGE, (python,), command=("/usr/local/bin/python",)),
         Image(CONTROL_IMAGE, (python, *control), env, user="65532:65532"),
-        Image(WORKER_IMAGE, (python, *control), env, user="65532:65532"),
+        Image(
+            WORKER_IMAGE,
+            (python, *control, *([native] if native else [])),
+            env | {"LANEWISE_NATIVE_DIR": NATIVE},
+            user="65532:65532",
+        ),
     ]
     return archive(out / "images.tar", images)
 
@@ -180,6 +190,18 @@ def _wheel(wheel: Path, scratch: Path, tar: LayerWriter) -> None:
     mode = "--invalidation-mode=unchecked-hash"
     _run(sys.executable, "-m", "compileall", "-q", mode, "-s", str(scratch / "wheel"), str(scratch / "wheel"))
     tar.tree(scratch / "wheel", PACKAGES, frozenset())
+
+
+def _native_key() -> str:
+    """A library's name says what it was made from."""
+    return " ".join(cpu_build.file_name(variant) for variant in cpu_build.VARIANTS)
+
+
+def _native(scratch: Path, tar: LayerWriter) -> None:
+    """As deploy/build-root.sh does for a worker image, whose torch is too big for it to be run here."""
+    _run(sys.executable, "-m", "lanewise.kernels.cpu_build", str(scratch / "native"), cwd=ROOT)
+    for file in (scratch / "native").glob("*.so"):
+        tar.file(file, f"{NATIVE}/{file.name}")
 
 
 def _run(*argv: str, cwd: Path | None = None, **env: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 INSTALL_DEADLINE_S = 600
 PROGRAMS = {
     "gcc": "gcc",
+    "c++": "g++",
     "pkg-config": "pkg-config",
     "openssl": "openssl",
     "ip": "iproute2",
