@@ -37,6 +37,7 @@ from lanewise.spec_status import LLMServiceStatus, ModelStatus, RuntimeStatus
 
 BUSY_S = 3.0  # between looks at the fleet of a service that is changing
 UNREACHABLE_S = 60.0
+SILENT = 3  # questions in a row that no router answered
 FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 300.0  # of what the API server refused
 JITTER = 0.1
 
@@ -203,7 +204,8 @@ class Reconciler:
         if time.monotonic() < memory.fleet_due and ready == memory.asked:
             return
         addresses, memory.asked = router_addresses(pods), ready
-        memory.fleet = await self._fleet.ask(addresses) if addresses else FleetView()
+        patient = memory.unanswered < SILENT
+        memory.fleet = await self._fleet.ask(addresses, patient=patient) if addresses else FleetView()
         memory.unanswered = 0 if memory.fleet.answered else memory.unanswered + 1
         memory.fleet_due = 0.0  # _next() says when
 
