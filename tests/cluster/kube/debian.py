@@ -21,6 +21,7 @@ PROGRAMS = {
     "conntrack": "conntrack",
     "unshare": "util-linux",
     "mount": "mount",
+    "curl": "curl",
 }
 """Program -> the package that brings it."""
 HEADERS = {"/usr/include/seccomp.h": "libseccomp-dev", "/usr/include/stdlib.h": "libc6-dev"}
