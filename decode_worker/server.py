@@ -21,6 +21,7 @@ from lanewise.rpc.outbox import Outbox
 from lanewise.rpc.process import die, serve_worker, worker_facts
 from lanewise.telemetry import setup_logging
 from lanewise.transfer.faults import Faults
+from lanewise.transfer.group_port import check, group_host
 from lanewise.transfer.keys import Security
 from lanewise.transfer.receiver import Receiver
 from lanewise.transfer.records import Endpoint, ReceiverEvent
@@ -39,6 +40,7 @@ async def _serve(config: WorkerConfig) -> None:
     faults = Faults.from_env(os.environ, (config.listen, config.kv_listen), config.name)
     security = Security.of(config.encryption, config.secret_dir)
     engine = Engine.load(config)  # before anything listens: nothing can ask for a model that is not there
+    check(config.kv_channel, device=engine.device, encryption=config.encryption)
     engine.warm_up()
     incarnation = str(uuid.uuid4())
     capacity = engine.pool.usage().capacity_tokens
@@ -56,6 +58,7 @@ async def _serve(config: WorkerConfig) -> None:
         listen=config.kv_listen,
         data_listen=config.kv_data_listen,
         security=security,
+        group_host=group_host(config.kv_channel, config.advertise_host or config.kv_listen),
     )
     facts = worker_facts(
         config,

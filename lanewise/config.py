@@ -91,6 +91,9 @@ class WorkerConfig(_ProcessConfig):
     kv_data_listen: str = Field(
         "", description="ZeroMQ endpoint for data with Authenticated; default: the port after kv_listen's"
     )
+    kv_channel: Literal["Auto", "ZeroMQ", "NCCL", "IPC"] = Field(
+        "Auto", description="how KV travels; NCCL is its CPU form (gloo) so far, IPC is refused; Auto: ZeroMQ"
+    )
     health_listen: str = Field(
         "", description="a second gRPC address for health checks alone, without TLS, as a kubelet needs it; empty: none"
     )

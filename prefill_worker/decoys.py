@@ -52,7 +52,7 @@ class Decoys(Generic[A]):
         for other in self._kept:
             same = other.cache_key == attempt.cache_key and other.seq.num_computed == len(attempt.seq.ids)
             if same and other.seq.ids[: other.seq.num_computed] != attempt.seq.ids:
-                if not self._faults.take("misbind", "begin"):
+                if not self._faults.take("misbind", "begin", attempt.key[0]):
                     return attempt
                 self._kept.remove(other)
                 self._used[attempt.key] = other

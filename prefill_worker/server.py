@@ -21,6 +21,7 @@ from lanewise.rpc.outbox import Outbox
 from lanewise.rpc.process import die, serve_worker, worker_facts
 from lanewise.telemetry import setup_logging
 from lanewise.transfer.faults import Faults
+from lanewise.transfer.group_port import check, group_host
 from lanewise.transfer.keys import Security
 from lanewise.transfer.records import Endpoint
 from lanewise.transfer.sender import Sender
@@ -39,6 +40,7 @@ async def _serve(config: WorkerConfig) -> None:
     faults = Faults.from_env(os.environ, (config.listen, config.kv_listen), config.name)
     security = Security.of(config.encryption, config.secret_dir)
     engine = Engine.load(config)  # before anything listens: nothing can ask for a model that is not there
+    check(config.kv_channel, device=engine.device, encryption=config.encryption)
     engine.warm_up()
     incarnation = str(uuid.uuid4())
     capacity = engine.pool.usage().capacity_tokens
@@ -50,7 +52,8 @@ async def _serve(config: WorkerConfig) -> None:
     def build(outbox: Outbox) -> PrefillLoop:
         policy = make_batch_policy(config.batch_policy, max_batch_tokens=config.max_batch_tokens, cost=CostModel())
         loop = PrefillLoop(engine, policy, outbox, faults, ttft_target_s=config.ttft_target_s)
-        sender = Sender(endpoint, engine.pool, loop.on_transfer, faults=faults, security=security)
+        host = group_host(config.kv_channel, config.advertise_host or config.listen)
+        sender = Sender(endpoint, engine.pool, loop.on_transfer, faults=faults, security=security, group_host=host)
         loop.attach_sender(sender)
         sender.start()
         return loop

@@ -23,6 +23,7 @@ from lanewise.transfer.fault_shots import names_of_hits
 PATIENCE_S = 3.0  # a fault whose state is not reached by then is taken back, and another one drawn
 AT_ONCE = 2  # message faults armed at each process
 WHOLE_S = 180.0
+FIRST_LETHAL_S = 8.0
 GIVE_UP = 60  # draws in a row that met nothing: the state cannot be reached under this load
 
 
@@ -31,6 +32,7 @@ class Hit:
     fault: Fault
     at: float
     resumed_at: float = 0.0  # of a stopped process; else the same as `at`
+    request: str = ""  # the router's name of the one request it happened to; empty: it may touch any
 
 
 class Arms:
@@ -52,7 +54,8 @@ class Arms:
         self._armed[fault.process].pop(fault.name, None)
         self._write(fault.process)
 
-    def hit_at(self, fault: Fault) -> float | None:
+    def hit(self, fault: Fault) -> tuple[float, str] | None:
+        """When it hit, and which request ("": not one alone)."""
         return names_of_hits(self._directory / f"{fault.process}.hits").get(fault.name)
 
     def _write(self, process: str) -> None:
@@ -76,6 +79,8 @@ class Injector:
         self._others = deque(kind for kind in wanted if kind not in LETHAL)
         self._left = len(wanted)
         self._lethal_count, self._other_count = len(self._lethal), len(self._others)
+        self._lethal_since = time.monotonic()  # of the one under way
+        self._lethal_s = FIRST_LETHAL_S  # how long one takes until the fleet is whole, lately
         self.unreachable: list[str] = []
 
     @property
@@ -92,11 +97,13 @@ class Injector:
     async def _do_lethal(self) -> None:
         while self._lethal:
             kind = self._lethal.popleft()
+            self._lethal_since = time.monotonic()
             for _ in range(GIVE_UP):
                 pids = {name: self._service.pid(name) for name in self._service.workers}
                 hit = await self._try(self._draw(kind, self._service.workers))
                 if hit is not None:
                     await self._after(hit, pids[hit.fault.process])
+                    self._lethal_s += 0.3 * (time.monotonic() - self._lethal_since - self._lethal_s)
                     break
             else:
                 self._abandon(kind)
@@ -122,11 +129,14 @@ class Injector:
 
     @property
     def _ahead(self) -> bool:
-        """Deaths take longest: the others are spread over the campaign, not heaped on the requests of its start."""
-        if not self._lethal:
+        """Deaths take longest: the others are spread over the whole campaign, so that no burst of them meets one
+        request after the other and each is answered for its own delay."""
+        if not self._lethal_count:
             return False
-        to_come = len(self._lethal) / self._lethal_count
-        return len(self._others) < (to_come - 1 / self._lethal_count) * self._other_count
+        current = min(1.0, (time.monotonic() - self._lethal_since) / self._lethal_s)
+        done = self._lethal_count - len(self._lethal) - 1 + current
+        hit = self._other_count - len(self._others)
+        return hit > self._other_count * done / self._lethal_count and bool(self._lethal or current < 1.0)
 
     def _draw(self, kind: str, processes: tuple[str, ...]) -> Fault:
         self._drawn += 1
@@ -140,15 +150,15 @@ class Injector:
         """Arms it and waits for its moment."""
         self._arms.arm(fault)
         ends = time.monotonic() + PATIENCE_S
-        while (at := self._arms.hit_at(fault)) is None and time.monotonic() < ends:  # noqa: ASYNC110 (a file is watched)
+        while (found := self._arms.hit(fault)) is None and time.monotonic() < ends:  # noqa: ASYNC110 (a file is watched)
             await asyncio.sleep(POLL_S)
         self._arms.disarm(fault)
-        if at is None:
-            at = self._arms.hit_at(fault)  # between the last look and the new file
-        if at is None:
+        if found is None:
+            found = self._arms.hit(fault)  # between the last look and the new file
+        if found is None:
             self.missed += 1
             return None
-        hit = Hit(fault, at, at)
+        hit = Hit(fault, found[0], found[0], found[1])
         self.hits.append(hit)
         if fault.kind not in LETHAL:
             self._left -= 1

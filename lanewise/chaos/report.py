@@ -1,8 +1,9 @@
 """The verdict on a campaign: outcomes, recovery times, the table and the JSON. Pure.
 
 Recovery of a fault: from its hit, or the end of the pause it caused, to the next token (or end) of the slowest request
-that was under way when it hit. All requests under way count as affected, so overlapping faults are counted against
-each other: the figure is an upper bound.
+that it affected. A lost or damaged message of a transfer affects the request of that transfer, and its first token does
+not count as the next: it does not come by the KV channel. Any other fault counts for all requests that were under way,
+so overlapping ones are counted against each other: an upper bound.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ _FINE = ("ok", "cancelled")
 
 def recovery_s(hit: Hit, trips: Sequence[Trip]) -> float:
     under_way = [t for t in trips if t.started <= hit.at < t.ended and t.outcome != "cancelled"]
-    return max((max(0.0, t.next_after(hit.at + IN_FLIGHT_S) - hit.resumed_at) for t in under_way), default=0.0)
+    if hit.request:
+        under_way = [trip for trip in under_way if trip.request_id == hit.request]
+    first = 1 if hit.request else 0
+    return max((max(0.0, t.next_after(hit.at + IN_FLIGHT_S, first) - hit.resumed_at) for t in under_way), default=0.0)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -61,7 +65,13 @@ def summarise(
         "abandoned": dict(Counter(unreachable)),
         "problems": [asdict(trip) for trip in trips if trip.outcome not in _FINE],
         "lines": [
-            {**asdict(hit.fault), "at": hit.at, "resumed_at": hit.resumed_at, "recovery_s": round(taken, 4)}
+            {
+                **asdict(hit.fault),
+                "request": hit.request,
+                "at": hit.at,
+                "resumed_at": hit.resumed_at,
+                "recovery_s": round(taken, 4),
+            }
             for hit, taken in zip(hits, times, strict=True)
         ],
     }

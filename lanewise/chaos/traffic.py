@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from lanewise.client import AsyncClient, Delta, Finished
+from lanewise.client import Accepted, AsyncClient, Delta, Finished
 from lanewise.errors import LanewiseError
 
 LENGTHS = (40, 100, 190, 330, 520)
@@ -42,10 +42,11 @@ class Trip:
     ended: float = 0.0
     outcome: str = ""  # ok, wrong, hung, cancelled, or the code of the error
     detail: str = ""
+    request_id: str = ""  # the router's
 
-    def next_after(self, at: float) -> float:
-        """When the first token after `at` came, or the end."""
-        return next((token for token in self.token_at if token > at), self.ended)
+    def next_after(self, at: float, first: int = 0) -> float:
+        """When the first token after `at` came, not counting the `first` ones of the answer; or the end."""
+        return next((token for token in self.token_at[first:] if token > at), self.ended)
 
 
 def prompts(count: int, dice: random.Random) -> list[Prompt]:
@@ -106,6 +107,9 @@ class Traffic:
         trip = Trip(len(self.trips), time.monotonic())
         self.trips.append(trip)
 
+        def on_accepted(request_id: str) -> None:
+            trip.request_id = request_id
+
         def on_token() -> None:
             trip.token_at.append(time.monotonic())
             if cancel_at is not None and len(trip.token_at) >= cancel_at:
@@ -113,7 +117,7 @@ class Traffic:
 
         try:
             async with asyncio.timeout(HANG_S):
-                got = await _answer(self._client, prompt, on_token)
+                got = await _answer(self._client, prompt, on_token, on_accepted)
             trip.outcome = "ok" if got == self._answers[which] else "wrong"
             if trip.outcome == "wrong":
                 trip.detail = f"prompt {which}: expected {self._answers[which]}, got {got}"
@@ -130,14 +134,21 @@ class _Leave(Exception):
     """The client goes away in the middle of its answer."""
 
 
-async def _answer(client: AsyncClient, prompt: Prompt, on_token: Callable[[], None]) -> tuple[int, ...]:
+async def _answer(
+    client: AsyncClient,
+    prompt: Prompt,
+    on_token: Callable[[], None],
+    on_accepted: Callable[[str], None] = lambda _: None,
+) -> tuple[int, ...]:
     got: list[int] = []
     stream = client.generate(
         list(prompt.ids), max_tokens=prompt.max_tokens, temperature=0.0, ignore_eos=True, timeout_s=2 * HANG_S
     )
     async with aclosing(stream) as events:  # type: ignore[type-var]
         async for event in events:
-            if isinstance(event, Delta):
+            if isinstance(event, Accepted):
+                on_accepted(event.request_id)
+            elif isinstance(event, Delta):
                 for token in event.token_ids:
                     got.append(token)
                     on_token()

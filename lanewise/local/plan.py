@@ -143,6 +143,7 @@ def _worker_flags(service: LLMService, role: str, share: _Share) -> list[str]:
     flags += ["--dtype", model.dtype] if "dtype" in model.model_fields_set else []
     flags += ["--max-context-tokens", str(model.max_context_tokens)] if model.max_context_tokens else []
     flags += ["--kv-cache-bytes", str(int(part.kv_cache_memory.value))] if part.kv_cache_memory else []
+    flags += ["--kv-channel", spec.transfer.channel] if spec.transfer.channel != "Auto" else []
     flags += ["--ttft-target-s", f"{spec.slo.ttft.seconds:g}"]
     flags += ["--drain-timeout-s", f"{spec.drain.timeout.seconds:g}", "--drain-max-s", f"{spec.drain.max.seconds:g}"]
     return flags

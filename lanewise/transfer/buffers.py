@@ -22,7 +22,7 @@ class Buffers:
     def take(self, num_bytes: int) -> NDArray[np.uint8]:
         """A buffer of at least this size; the one that came back last, which may still be in a cache."""
         while self._lent and self._lent[0][0].done:
-            self._give_back(self._lent.popleft()[1])
+            self.give_back(self._lent.popleft()[1])
         if self._free and self._free[-1].nbytes >= num_bytes:
             return self._free.pop()
         self._free.clear()  # all are of the size of chunks so far
@@ -32,6 +32,7 @@ class Buffers:
         """The network reads from the buffer until the tracker is done."""
         self._lent.append((tracker, buffer))
 
-    def _give_back(self, buffer: NDArray[np.uint8]) -> None:
+    def give_back(self, buffer: NDArray[np.uint8]) -> None:
+        """Nobody reads from it any more."""
         if len(self._free) < self._most:
             self._free.append(buffer)

@@ -53,21 +53,23 @@ class Shots:
     def armed(self, what: str) -> bool:
         return any(shot.what == what for shot in self._armed.values())
 
-    def meet(self, target: str, *whats: str) -> Iterator[Shot]:
-        """The target is met once more by faults of these kinds: those that are due, each recorded before it happens."""
+    def meet(self, target: str, *whats: str, request: str = "") -> Iterator[Shot]:
+        """The target is met once more by faults of these kinds: those that are due, each recorded before it happens.
+
+        `request`: the one it happens to, where it is one."""
         for shot in list(self._armed.values()):
             if shot.target != target or shot.what not in whats:
                 continue
             shot.met += 1
             if shot.met >= shot.nth:
                 del self._armed[shot.name]
-                self._record(shot)
+                self._record(shot, request)
                 yield shot
 
-    def _record(self, shot: Shot) -> None:
+    def _record(self, shot: Shot, request: str) -> None:
         if self._hits is None:
             return
-        line = f"{shot.name} {time.monotonic():.6f}\n".encode()
+        line = f"{shot.name} {time.monotonic():.6f} {request}\n".encode()
         sink = os.open(self._hits, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             os.write(sink, line)  # one write: whole, even where the next moment is the process's last
@@ -75,11 +77,11 @@ class Shots:
             os.close(sink)
 
 
-def names_of_hits(file: Path) -> dict[str, float]:
-    """Fault name -> monotonic time of its hit; lines that are not whole yet are left out."""
+def names_of_hits(file: Path) -> dict[str, tuple[float, str]]:
+    """Fault name -> monotonic time of its hit and the request it happened to (or ""), of the lines that are whole."""
     try:
         lines = file.read_text().splitlines(keepends=True)
     except FileNotFoundError:
         return {}
-    whole = (line.split() for line in lines if line.endswith("\n"))
-    return {name: float(at) for name, at in whole}
+    whole = (line[:-1].split(" ", 2) for line in lines if line.endswith("\n"))
+    return {name: (float(at), request) for name, at, request in whole}

@@ -36,6 +36,7 @@ from pathlib import Path
 
 from lanewise.errors import ConfigError
 from lanewise.transfer.fault_shots import Shot, Shots, parse_shot
+from lanewise.transfer.messages import MalformedMessage, decode
 
 Frames = list[bytes | memoryview]
 
@@ -76,6 +77,11 @@ class Faults:
     file: Path | None = None
     file_stamp: tuple[int, int, int] = (0, 0, 0)
     lock: threading.RLock = field(default_factory=threading.RLock)
+    active: bool = False
+    """Whether there have ever been any faults to come; asked several times per message."""
+
+    def __post_init__(self) -> None:
+        self.active = bool(self.rules or self.deaths or self.shots or self.unbound or self.file)
 
     @classmethod
     def parse(cls, spec: str) -> Faults:
@@ -116,6 +122,7 @@ class Faults:
                 raise ConfigError(f"LANEWISE_FAULTS_SPEC: cannot read {item!r}")
         self.rules, self.deaths, self.unbound, self.reached = rules, deaths, unbound, Counter()
         self.shots.replace(shots)
+        self.__post_init__()
 
     def _read_again(self) -> None:
         """Take the file's present spec, so that a campaign can aim at a process that runs already."""
@@ -127,10 +134,6 @@ class Faults:
             self._take(self.file.read_text())
             self.file_stamp = stamp
 
-    @property
-    def active(self) -> bool:
-        return bool(self.rules or self.deaths or self.shots or self.unbound or self.file)
-
     def armed(self, what: str) -> bool:
         """Whether a single fault of this kind waits for its moment."""
         if not self.active:
@@ -139,10 +142,10 @@ class Faults:
             self._read_again()
             return self.shots.armed(what)
 
-    def take(self, what: str, target: str) -> bool:
-        """Whether a fault that the caller carries out happens now."""
+    def take(self, what: str, target: str, request: str) -> bool:
+        """Whether a fault that the caller carries out happens now, to this request."""
         with self.lock:
-            return any(list(self.shots.meet(target, what)))
+            return any(list(self.shots.meet(target, what, request=request)))
 
     def point(self, name: str) -> None:
         """The process reached a named point; it may not get further."""
@@ -163,7 +166,8 @@ class Faults:
         """What becomes of an outgoing message: nothing, one copy or several, now or later, perhaps damaged."""
         with self.lock:
             self._read_again()
-            due = self.shots.meet(kind, "drop", "duplicate", "corrupt", "truncate", "delay")
+            request = _request_of(frames) if self.shots else ""
+            due = self.shots.meet(kind, "drop", "duplicate", "corrupt", "truncate", "delay", request=request)
             rules = [*self.rules, *(_Rule.of(shot) for shot in due)]
         out = [Delivery(0.0, list(frames))]
         for rule in rules:
@@ -179,6 +183,14 @@ class Faults:
                 case _:
                     out = [Delivery(each.delay_s, _damage(each.frames, rule)) for each in out]
         return out
+
+
+def _request_of(frames: Sequence[bytes | memoryview]) -> str:
+    """The request whose transfer a message belongs to; empty: none."""
+    try:
+        return getattr(decode(frames[0]), "request_id", "")
+    except MalformedMessage:  # only a test sends such
+        return ""
 
 
 def _damage(frames: Frames, rule: _Rule) -> Frames:

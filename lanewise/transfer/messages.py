@@ -95,6 +95,13 @@ class HelloAck(Message, tag="HELLO_ACK", frozen=True, array_like=True):
     max_chunk_bytes: Annotated[int, Meta(ge=1, le=1 << 26)]
     data_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # of the same host; 0: data goes to the control address
     data_token: Annotated[bytes, Meta(max_length=64)] = b""
+    group_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # where process groups meet; 0: it has none
+
+
+class Join(Message, tag="JOIN", frozen=True, array_like=True):
+    """The sender opens a process group for data of this link; chunks come by it from now on."""
+
+    group: Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]  # never used before
 
 
 class Stale(Message, tag="NACK_STALE", frozen=True, array_like=True):
@@ -192,7 +199,7 @@ class Pong(Message, tag="PONG", frozen=True, array_like=True):
     hello_first: bool = False
 
 
-FromSender = Hello | Probe | Begin | Chunk | Commit | Abort | AbortAck | Ping
+FromSender = Hello | Join | Probe | Begin | Chunk | Commit | Abort | AbortAck | Ping
 FromReceiver = HelloAck | Stale | ProbeAck | Grant | BusyReply | Nack | Ack | CommitAck | Abort | AbortAck | Pong
 AnyMessage = FromSender | FromReceiver
 

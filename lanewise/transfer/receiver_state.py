@@ -145,12 +145,12 @@ class ReceiverTransfer:
         actions = self._enter(ReceiverInput.COMMIT)
         if self.state is not ReceiverState.VERIFYING:
             return []
-        self.ack_due = True  # tells the sender what is missing
         bound = self.expected
         assert bound is not None
         if commit.tokens != bound.tokens or (commit.prompt != bound.prompt and self._bound):
             raise Contradiction("COMMIT of another prompt")
         if self._commit is not None:
+            self.ack_due = True  # tells the sender what is missing
             return []  # the first one stands
         self._commit = commit
         return [*actions, *self._verify()]

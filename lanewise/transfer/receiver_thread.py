@@ -7,6 +7,7 @@ Must not: decide anything about a transfer; `receiver_core.py` does.
 from __future__ import annotations
 
 import errno
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from lanewise.transfer import mac
 from lanewise.transfer import messages as m
 from lanewise.transfer.faults import Faults, Frames, is_loopback
 from lanewise.transfer.gate import Gate
+from lanewise.transfer.groups import ReceiverGroups
 from lanewise.transfer.keys import Security
 from lanewise.transfer.protocol import Action, Emit, Entered, Send, Write
 from lanewise.transfer.receiver_core import ReceiverCore
@@ -37,6 +39,7 @@ from lanewise.transfer.zmq_link import SocketThread, make_router, receive, send_
 _BYTES_PER_TURN = 4 << 20  # then ACKs go out, and commands and timers have their turn
 _MESSAGES_PER_TURN = 64
 _RETRY_S = 0.01
+_MAX_NAMES = 4096
 _EMPTY = memoryview(b"")
 
 
@@ -54,12 +57,14 @@ class ReceiverThread(SocketThread):
         super().__init__("kv-receiver", limits, Counters(), faults)
         self._security = security
         self._gate: Gate | None = None
+        self._groups: ReceiverGroups | None = None
         self._data: zmq.Socket[bytes] | None = None  # where data has a socket of its own
         self._data_port = 0
         self.core = ReceiverCore(identity, timers, limits, self.counters, bound=not self.faults.unbound)
         self._layout = identity.layout
         self._store = store
         self._on_event = on_event
+        self._names: dict[bytes, tuple[str, str]] = {}  # of connections, as they have said
         self._stuck: dict[str, deque[Frames]] = {}  # control messages a sender's connection had no room for
 
     def bind(self, listen: str, data_listen: str) -> str:
@@ -92,6 +97,38 @@ class ReceiverThread(SocketThread):
         self.poller.register(sock, zmq.POLLIN)
         return sock, bytes(sock.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
 
+    def use_groups(self, host: str) -> None:
+        """Takes data by process groups too; waits until partners can meet here. Before the thread starts."""
+        self._groups = ReceiverGroups(host, self.limits.max_chunk_bytes, self._on_group_chunk)
+        try:
+            self._groups.wait()
+        except ConfigError:
+            self.release()
+            raise
+        self.poller.register(self._groups.port.socket, zmq.POLLIN)
+        self.raw[self._groups.port.socket.fileno()] = self._on_groups
+
+    def _on_groups(self, _now: float) -> None:
+        if self._groups:
+            self._groups.port.on_readable()
+            if not self._groups.port.alive:
+                self.poller.unregister(self._groups.port.socket)
+                self.raw.pop(self._groups.port.socket.fileno())
+                self._groups.port.close()
+                self._groups = None
+
+    def _on_group_chunk(self, sender: str, header: bytes, payload: memoryview) -> None:
+        try:
+            message = m.decode(header)
+        except m.MalformedMessage:
+            self.counters.malformed += 1
+            return
+        if not isinstance(message, m.Chunk) or message.src != sender:
+            self.counters.malformed += 1
+            return
+        now = time.monotonic()
+        self.perform(self.core.receive(message, len(payload), now), payload, now)
+
     def expect(self, key: Key, binding: Binding, now: float) -> None:
         if self.closing:
             self._guarded(self._on_event, Aborted(key, "the decode worker is closing"))
@@ -112,6 +149,8 @@ class ReceiverThread(SocketThread):
     def close_sockets(self) -> None:
         if self._gate:
             self._gate.close()
+        if self._groups:
+            self._groups.port.close()
         super().close_sockets()
 
     def on_readable(self, sock: zmq.Socket[bytes], now: float) -> None:
@@ -139,6 +178,8 @@ class ReceiverThread(SocketThread):
             if isinstance(message, m.Chunk) and not self._genuine(message, payload):
                 self.counters.forged += 1  # as if it had never come: an answer could only serve its author
                 continue
+            if isinstance(message, m.Join) and self._groups and message.dst == self.core.incarnation:
+                self._groups.join(message)
             self.perform(self.core.receive(message, len(payload), now), payload, now)
             if taken >= _BYTES_PER_TURN:
                 return
@@ -151,13 +192,26 @@ class ReceiverThread(SocketThread):
 
         `beside`: by the socket for data that is not encrypted. Its connections have no names; the MAC tells the author.
         """
-        author, _, channel = routing_id.rpartition(b"/")
         data = isinstance(message, m.Chunk | m.Probe)
-        if data is not beside if self._security.macs else not channel.startswith(b"d" if data else b"c"):
+        if beside or self._security.macs:
+            if data is not beside:
+                raise m.MalformedMessage("a connection of another kind")
+            if beside:
+                return message
+        author, channel = self._names.get(routing_id) or self._name(routing_id)
+        if channel != ("d" if data else "c") and not self._security.macs:
             raise m.MalformedMessage("a connection of another kind")
-        if author != message.src.encode() and not beside:
+        if author != message.src:
             raise m.MalformedMessage("author and connection differ")
         return message
+
+    def _name(self, routing_id: bytes) -> tuple[str, str]:
+        """(incarnation, "c" or "d") that a connection's name says; what is no name fits no message."""
+        author, _, channel = routing_id.decode(errors="replace").rpartition("/")
+        if len(self._names) >= _MAX_NAMES:
+            self._names.clear()
+        self._names[routing_id] = found = author, channel[:1]
+        return found
 
     def on_turn(self, now: float) -> None:
         self.perform(self.core.tick(now))
@@ -202,6 +256,8 @@ class ReceiverThread(SocketThread):
         routing_id, message = f"{send.to}/c", send.message
         if isinstance(message, m.HelloAck) and self._gate and self._data_port:
             message = replace_fields(message, data_port=self._data_port, data_token=self._gate.token(message.dst))
+        if isinstance(message, m.HelloAck) and self._groups:
+            message = replace_fields(message, group_port=self._groups.store_port)
         frames = [routing_id.encode(), m.encode(message)]
         # The name of the connection is not part of the message: faults must not touch it.
         self.deliver(m.kind(send.message), frames[1:], lambda out: self._queue(send.to, [frames[0], *out]))

@@ -40,11 +40,16 @@ class Sender:
         timers: Timers | None = None,
         limits: Limits | None = None,
         security: Security | None = None,
+        group_host: str = "",
     ) -> None:
+        """`group_host`: this host's name towards partners; where set, data goes by process groups (channel NCCL)."""
         settings = (timers or Timers(), limits or Limits(), security or Security())
         self._thread = SenderThread(identity, store, on_event, faults, *settings)
+        self._group_host = group_host
 
     def start(self) -> None:
+        if self._group_host:
+            self._thread.use_groups(self._group_host)
         self._thread.start_thread()
 
     def close(self, timeout: float = 2.0) -> None:

@@ -124,6 +124,12 @@ class SenderCore:
     def sent(self, transfer: SenderTransfer, job: Job, crc: bytes, delivered: bool, now: float) -> list[Action]:
         return self._finish(transfer, transfer.sent(job, crc, delivered, now), now)
 
+    def resend(self, address: str) -> None:
+        """What this address has not acknowledged may be lost."""
+        for transfer in self._by_address.get(address, {}).values():
+            if transfer.streaming:
+                transfer.window.resend_all()
+
     # --- messages
 
     def receive(self, address: str, message: m.AnyMessage, now: float) -> list[Action]:

@@ -8,16 +8,14 @@ buffer of their own, so pages are free the moment a transfer ends; at most `data
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-import numpy as np
 import zmq
 from msgspec.structs import replace as replace_fields
-from numpy.typing import NDArray
 
 from lanewise.errors import ConfigError
 from lanewise.transfer import mac
 from lanewise.transfer import messages as m
-from lanewise.transfer.buffers import Buffers
 from lanewise.transfer.dealers import Connection, open_connection, open_data, writable
 from lanewise.transfer.faults import Faults, Frames, is_loopback
 from lanewise.transfer.keys import Security
@@ -40,7 +38,8 @@ from lanewise.transfer.records import (
 from lanewise.transfer.send_window import Job
 from lanewise.transfer.sender_core import SenderCore
 from lanewise.transfer.sender_state import SenderTransfer
-from lanewise.transfer.zmq_link import MORE, NOBLOCK, SocketThread, receive, send_now
+from lanewise.transfer.ways import Way, Ways
+from lanewise.transfer.zmq_link import SocketThread, receive, send_now
 
 _CHUNKS_PER_TURN = 8  # then messages, commands and timers have their turn
 
@@ -60,13 +59,26 @@ class SenderThread(SocketThread):
         self._security = security
         self.core = SenderCore(identity, timers, limits, self.counters, mac.new_key if security.macs else bytes)
         self._incarnation = identity.incarnation
-        self._layout = identity.layout
-        self._store = store
         self._on_event = on_event
         self._connections: dict[str, Connection] = {}
         self._by_socket: dict[zmq.Socket[bytes], Connection] = {}
         self._backlog = False
-        self._buffers = Buffers(limits.data_hwm * limits.stripes)
+        self._ways = Ways(store, identity.layout, limits, self.faults)
+
+    def use_groups(self, host: str) -> None:
+        """Data goes through process groups where the partner has them too; before the thread starts."""
+        port = self._ways.use_groups(self._incarnation, host, self.core.resend)
+        self.poller.register(port.socket, zmq.POLLIN)
+        self.raw[port.socket.fileno()] = self._on_groups
+
+    def _on_groups(self, _now: float) -> None:
+        if groups := self._ways.groups:
+            groups.port.on_readable()
+            if not groups.port.alive:
+                self.poller.unregister(groups.port.socket)
+                self.raw.pop(groups.port.socket.fileno())
+                groups.port.close()
+                self._ways.groups = None
 
     def check(self, peer: Peer) -> None:
         if self.faults.active and not is_loopback(peer.kv_address):
@@ -85,6 +97,10 @@ class SenderThread(SocketThread):
 
     def may_stop(self) -> bool:
         return self.core.idle
+
+    def close_sockets(self) -> None:
+        self._ways.close()
+        super().close_sockets()
 
     def next_deadline(self, now: float) -> float:
         return now if self._backlog else self.core.deadline
@@ -105,11 +121,15 @@ class SenderThread(SocketThread):
                 continue
             if isinstance(message, m.HelloAck):
                 message = self._open_data(connection, message)
+                if self._ways.groups and (join := self._ways.groups.greeted(connection.address, message)):
+                    self._send(Send(connection.address, join), now)
             self.perform(self.core.receive(connection.address, message, now), now)
 
     def on_turn(self, now: float) -> None:
         self.perform(self.core.tick(now), now)
         self._backlog = False
+        for address, join in self._ways.groups.due(now) if self._ways.groups else ():
+            self._send(Send(address, join), now)
         for connection in list(self._connections.values()):
             self._flush(connection)
             self._pump(connection, now)
@@ -171,20 +191,29 @@ class SenderThread(SocketThread):
     # --- data
 
     def _pump(self, connection: Connection, now: float) -> None:
+        groups, address = self._ways.groups, connection.address
+        if groups and groups.joined(address):
+            self._pump_by(lambda: groups.port.writable, partial(self._ways.by_group, address), address, now)
+            return
         for sock in connection.data:
-            for _ in range(_CHUNKS_PER_TURN):
-                if not writable(sock):
-                    break
-                chosen = self.core.next_chunk(connection.address)
-                if chosen is None:
-                    return
-                self._send_chunk(sock, *chosen, now)
-            else:
-                self._backlog = True
+            if not self._pump_by(partial(writable, sock), partial(self._ways.by_socket, sock), address, now):
+                return
 
-    def _send_chunk(self, sock: zmq.Socket[bytes], transfer: SenderTransfer, job: Job, now: float) -> None:
+    def _pump_by(self, ready: Callable[[], bool], way: Way, address: str, now: float) -> bool:
+        """Chunks for an address, one way, until that is full; False: there are no more chunks."""
+        for _ in range(_CHUNKS_PER_TURN):
+            if not ready():
+                return True
+            chosen = self.core.next_chunk(address)
+            if chosen is None:
+                return False
+            self._send_chunk(way, *chosen, now)
+        self._backlog = True
+        return True
+
+    def _send_chunk(self, way: Way, transfer: SenderTransfer, job: Job, now: float) -> None:
         try:
-            buffer, payload = self._gather(job)
+            buffer, payload = self._ways.gather(job)
         except Exception as error:  # of the pool, whatever it is: this transfer ends, the others go on
             self.perform(self.core.abort(job.key, f"reading pages: {error}", now), now)
             return
@@ -193,15 +222,7 @@ class SenderThread(SocketThread):
 
         def send(frames: Frames) -> None:
             nonlocal accepted
-            try:
-                sock.send(frames[0], MORE)
-                self.faults.point("mid_chunk")
-                tracker = sock.send(frames[1], NOBLOCK, copy=False, track=True)
-            except zmq.Again:
-                accepted = False
-            else:
-                if not self.faults.active:  # else the bytes may go out again, or later
-                    self._buffers.lend(buffer, tracker)
+            accepted = way(frames, None if self.faults.active else buffer)  # with faults it may go out again, or later
 
         chunk = transfer.chunk(job, crc)
         if transfer.mac_key:
@@ -211,14 +232,6 @@ class SenderThread(SocketThread):
         self.counters.chunks_sent += 1
         self.counters.chunks_resent += job.resend
         self.perform(self.core.sent(transfer, job, crc, accepted, now), now)
-
-    def _gather(self, job: Job) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """A buffer and the part of it that now holds the chunk."""
-        num_bytes = job.slice.nbytes(self._layout)
-        buffer = self._buffers.take(max(num_bytes, self.limits.chunk_bytes))
-        payload = buffer[:num_bytes]
-        self._store.read(job.pages, job.slice.tokens, job.slice.layers, payload)
-        return buffer, payload
 
     # --- connections
 
@@ -259,7 +272,8 @@ class SenderThread(SocketThread):
     def _watch(self, connection: Connection) -> None:
         """Asks the poller for exactly what is waited for; POLLOUT without need would spin."""
         self.poller.modify(connection.control, zmq.POLLIN | (zmq.POLLOUT if connection.outbox else 0))
-        wants = self.core.wants(connection.address)
+        grouped = self._ways.groups is not None and self._ways.groups.joined(connection.address)
+        wants = not grouped and self.core.wants(connection.address)
         for stripe, sock in enumerate(connection.data):
             blocked = (wants or stripe in connection.probes) and not writable(sock)
             if blocked and sock not in self.poller:
@@ -268,6 +282,8 @@ class SenderThread(SocketThread):
                 self.poller.unregister(sock)
 
     def _disconnect(self, address: str) -> None:
+        if self._ways.groups:
+            self._ways.groups.forget(address)
         connection = self._connections.pop(address, None)
         if connection is None:
             return

@@ -72,6 +72,7 @@ class SocketThread(ABC):
         self.context.set(zmq.IO_THREADS, limits.stripes)
         self.context.set(zmq.MAX_SOCKETS, 4096)
         self.poller = zmq.Poller()
+        self.raw: dict[int, Callable[[float], None]] = {}  # what to do about descriptors that are no ZeroMQ sockets
         self._commands: deque[Callable[[float], None]] = deque()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -182,6 +183,8 @@ class SocketThread(ABC):
             if isinstance(sock, zmq.Socket):
                 if int(event) & _POLLIN:
                     self._guarded(self.on_readable, sock, time.monotonic())
+            elif sock in self.raw:
+                self._guarded(self.raw[sock], time.monotonic())
             else:
                 self._drain_wake()
         self._run_commands()
@@ -236,7 +239,9 @@ def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
 def send_now(sock: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) -> bool:
     """Without waiting; False: no room now."""
     try:
-        sock.send_multipart(list(frames), NOBLOCK)
+        for frame in frames[:-1]:
+            sock.send(frame, MORE)
+        sock.send(frames[-1], NOBLOCK)  # there is room for the rest of a message that has begun
     except zmq.Again:
         return False
     return True

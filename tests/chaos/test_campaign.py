@@ -16,6 +16,7 @@ from lanewise.chaos.inject import Hit
 from lanewise.chaos.plan import KINDS, MESSAGES, POINTS, RARE, Fault, draw, kinds_of
 from lanewise.chaos.report import passed, recovery_s, summarise
 from lanewise.chaos.traffic import Trip, prompts
+from lanewise.transfer import messages as m
 from lanewise.transfer.fault_shots import names_of_hits
 from lanewise.transfer.faults import Faults
 
@@ -93,11 +94,14 @@ def test_prompts_differ_and_many_have_the_same_length() -> None:
 
 def test_a_shot_hits_once_is_recorded_and_does_not_come_back(tmp_path: Path) -> None:
     file = tmp_path / "decode-0"
-    file.write_text("a=drop@ACK#2; b=duplicate@GRANT")
+    file.write_text("a=drop@ACK#2; b=duplicate@GRANT; c=drop@ABORT")
     env = {"LANEWISE_FAULTS": "1", "LANEWISE_FAULTS_SPEC": f"@{tmp_path}/"}
     faults = Faults.from_env(env, ["127.0.0.1:1"], "decode-0")
     assert [len(faults.deliveries("ACK", [b"x"])) for _ in range(4)] == [1, 0, 1, 1]
-    assert set(names_of_hits(tmp_path / "decode-0.hits")) == {"a"}
+    assert {name: request for name, (_, request) in names_of_hits(tmp_path / "decode-0.hits").items()} == {"a": ""}
+    abort = m.encode(m.Abort("p", "d", "request", 1, "why"))
+    assert faults.deliveries("ABORT", [abort]) == []
+    assert names_of_hits(tmp_path / "decode-0.hits")["c"][1] == "request"
     again = Faults.from_env(env, ["127.0.0.1:1"], "decode-0")  # the process was restarted
     assert [len(again.deliveries("ACK", [b"x"])) for _ in range(3)] == [1, 1, 1]
     assert len(again.deliveries("GRANT", [b"x"])) == 2
@@ -112,7 +116,7 @@ def test_a_new_file_keeps_what_was_counted(tmp_path: Path) -> None:
     assert faults.armed("misbind")
     assert faults.unbound
     assert len(faults.deliveries("ACK", [b"x"])) == 0
-    assert faults.take("misbind", "begin")
+    assert faults.take("misbind", "begin", "r")
     assert not faults.armed("misbind")
 
 
@@ -143,6 +147,13 @@ def test_recovery_is_of_the_slowest_request_under_way() -> None:
     assert recovery_s(hit, trips) == 3.0
     paused = Hit(Fault("f", "decode-0", "stop", "committed", 1, pause_s=2.0), at=10.0, resumed_at=12.0)
     assert recovery_s(paused, trips) == 1.0
+
+
+def test_a_fault_of_one_transfer_is_counted_for_its_request_alone() -> None:
+    hit = Hit(Fault("f", "decode-0", "drop", "GRANT", 1), at=10.0, resumed_at=10.0, request="mine")
+    mine, other = trip("ok", 9.9, [10.2, 12.0], 12.5), trip("ok", 9.0, [9.5, 19.0], 19.0)
+    mine.request_id, other.request_id = "mine", "other"
+    assert recovery_s(hit, [mine, other]) == 2.0  # its first token does not need the transfer
 
 
 def test_anything_wrong_hung_failed_or_leaked_fails_the_campaign() -> None:

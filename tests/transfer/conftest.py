@@ -132,11 +132,13 @@ class Prefill:
         timers: Timers,
         limits: Limits,
         security: Security | None = None,
+        group_host: str = "",
     ) -> None:
         self.identity = identity
         self.store = NumpyStore(identity.layout, 512, 8)
         self.log = Log()
-        self.sender = Sender(identity, self.store, self.log, faults, timers=timers, limits=limits, security=security)
+        options = {"timers": timers, "limits": limits, "security": security, "group_host": group_host}
+        self.sender = Sender(identity, self.store, self.log, faults, **options)
         self.sender.start()
 
     def compute(self, ids: list[int], seed: int = 0) -> list[int]:
@@ -158,13 +160,13 @@ class Decode:
         limits: Limits,
         listen: str,
         security: Security | None = None,
+        group_host: str = "",
     ) -> None:
         self.identity = identity
         self.store = NumpyStore(identity.layout, 256, 16)
         self.log = Log()
-        self.receiver = Receiver(
-            identity, self.store, self.log, faults, listen=listen, timers=timers, limits=limits, security=security
-        )
+        options = {"timers": timers, "limits": limits, "security": security, "group_host": group_host}
+        self.receiver = Receiver(identity, self.store, self.log, faults, listen=listen, **options)
         self.address = self.receiver.start()
         self.peer = Peer(self.address, identity.incarnation)
         self.pages: dict[Any, list[int]] = {}
@@ -204,9 +206,10 @@ class Net:
         timers: Timers | None = None,
         limits: Limits | None = None,
         security: Security | None = None,
+        group_host: str = "",
     ) -> Prefill:
         limits = limits or Limits(chunk_bytes=4096)
-        side = Prefill(identity or endpoint(), faults, timers or Timers(), limits, security)
+        side = Prefill(identity or endpoint(), faults, timers or Timers(), limits, security, group_host)
         self.sides.append(side.sender)
         return side
 
@@ -218,8 +221,10 @@ class Net:
         limits: Limits | None = None,
         listen: str = "tcp://127.0.0.1:0",
         security: Security | None = None,
+        group_host: str = "",
     ) -> Decode:
-        side = Decode(identity or endpoint(), faults, timers or Timers(), limits or Limits(), listen, security)
+        limits = limits or Limits()
+        side = Decode(identity or endpoint(), faults, timers or Timers(), limits, listen, security, group_host)
         self.sides.append(side.receiver)
         return side
 

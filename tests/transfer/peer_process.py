@@ -1,6 +1,6 @@
 """One side of the channel as a process that may kill itself; used by test_processes.py.
 
-    python peer_process.py decode INCARNATION LISTEN          prints its endpoint, grants everything
+    python peer_process.py decode INCARNATION LISTEN [GROUP_HOST]     prints its endpoint, grants everything
     python peer_process.py prefill ADDRESS INCARNATION        sends 200 tokens as ("r", 1)
 
 LANEWISE_FAULTS and LANEWISE_FAULTS_SPEC say where it dies. Every event is printed as one line.
@@ -20,7 +20,7 @@ def main() -> None:
     role, *rest = sys.argv[1:]
     faults = Faults.from_env(os.environ, [rest[1] if role == "decode" else rest[0]])
     if role == "decode":
-        side = Decode(endpoint(incarnation=rest[0]), faults, STEADY, Limits(), rest[1])
+        side = Decode(endpoint(incarnation=rest[0]), faults, STEADY, Limits(), rest[1], group_host="".join(rest[2:]))
         side.grant_all()
         ids = list(range(200))
         side.receiver.expect(("r", 1), ids, CACHE_KEY)

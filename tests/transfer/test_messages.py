@@ -21,6 +21,7 @@ END = Endpoint("p", "f" * 64, {"weights": "abc"}, KVLayout(2, 2, 8, "float32", 4
 SAMPLES: list[m.AnyMessage] = [
     compat.hello(END, "d"),
     compat.hello_ack(END, "d", "differs", 1 << 20),
+    m.Join("p", "d", "g"),
     m.Stale("p", "d", "gone"),
     m.Probe("p", "d", 5, b"12345678"),
     m.ProbeAck("p", "d", 5, b"12345678"),

@@ -1,0 +1,144 @@
+"""A worker's end of the process that moves payloads through torch.distributed (`nccl_link.py`).
+
+Owns: that process, the memory shared with it, and which pairs and slots are in use. All methods belong to the transfer
+thread; nothing here waits. Must not: import torch, or know states of transfers.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from lanewise.errors import ConfigError
+
+HEADER_BYTES = 2048
+MAX_HEADER_BYTES = HEADER_BYTES - 8  # two sizes stand before it
+PACKET_BYTES = 1 << 16
+SLOTS = 8
+MAX_PAIRS = 64
+
+
+def check(channel: str, *, device: str, encryption: str) -> None:
+    """ConfigError where this worker cannot have that channel; `Auto` always means one it can have."""
+    if channel == "IPC":
+        raise ConfigError("channel IPC: CUDA IPC is not built; expected Auto, ZeroMQ or NCCL")
+    if channel == "NCCL" and device != "cpu":
+        raise ConfigError(f"channel NCCL on {device}: only its CPU form (gloo) is built; expected Auto or ZeroMQ")
+    if channel == "NCCL" and encryption != "None":
+        raise ConfigError(f"channel NCCL: its data cannot be protected; expected encryption None, got {encryption}")
+
+
+def group_host(channel: str, address: str) -> str:
+    """The host where the process groups of a worker at this address (with or without a port) meet; empty: none."""
+    if channel != "NCCL":
+        return ""
+    host = address.rpartition("://")[2]
+    return (host.rpartition(":")[0] or host).strip("[]")
+
+
+class GroupPort:
+    """`on_event(word, *rest)`: ("up", port) | ("joined", pair) | ("broken", pair, reason) | ("sent", pair, slot) |
+    ("chunk", pair, slot, header, bytes) | ("dead", reason)."""
+
+    def __init__(self, host: str, slot_bytes: int, *, serve: bool, on_event: Callable[..., None]) -> None:
+        self._on_event = on_event
+        self._slot_bytes = slot_bytes
+        size = SLOTS * slot_bytes
+        memory_fd = os.memfd_create("lanewise-kv")
+        os.ftruncate(memory_fd, size)
+        self._memory = mmap.mmap(memory_fd, size)
+        self._view = memoryview(self._memory)
+        self._free = list(range(SLOTS))
+        self._lent: dict[int, str] = {}  # slot -> the pair that sends it
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        words = (theirs.fileno(), memory_fd, SLOTS, slot_bytes, host, "serve" if serve else "join")
+        command = [sys.executable, "-m", "lanewise.transfer.nccl_link", *map(str, words)]
+        self.process = subprocess.Popen(
+            command, pass_fds=(theirs.fileno(), memory_fd), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        theirs.close()
+        os.close(memory_fd)
+        ours.setblocking(False)
+        self.socket = ours
+        self.alive = True
+
+    def on_readable(self) -> None:
+        while self.alive:
+            try:
+                packet = self.socket.recv(PACKET_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._died(str(error))
+                return
+            if not packet:
+                self._died("it ended")
+                return
+            word, *rest = msgspec.msgpack.decode(packet)
+            if word in ("sent", "broken"):  # a broken pair reads nothing any more
+                self._regain(rest[0], rest[1] if word == "sent" else None)
+            self._on_event(word, *rest)
+
+    def _regain(self, pair: str, slot: int | None) -> None:
+        for each, holder in list(self._lent.items()):
+            if holder == pair and slot in (each, None):
+                del self._lent[each]
+                self._free.append(each)
+
+    # --- pairs
+
+    def join(self, pair: str, rank: int, host: str = "", port: int = 0) -> None:
+        """`pair`: a name never used before, the same on both sides. joined or broken follows."""
+        self._order("join", pair, rank, host, port)
+
+    # --- sending
+
+    @property
+    def writable(self) -> bool:
+        return self.alive and bool(self._free)
+
+    def take(self) -> int | None:
+        """A slot to fill and `send`; None while all are on their way."""
+        return self._free.pop() if self.writable else None
+
+    def slot(self, slot: int, num_bytes: int) -> memoryview:
+        return self._view[slot * self._slot_bytes :][:num_bytes]
+
+    def send(self, pair: str, slot: int, header: bytes, num_bytes: int) -> None:
+        """The slot comes back when its bytes have left, or the pair breaks."""
+        self._lent[slot] = pair
+        self._order("send", pair, slot, header, num_bytes)
+
+    # --- receiving
+
+    def done(self, slot: int) -> None:
+        """The chunk in this slot has been dealt with."""
+        self._order("free", slot)
+
+    def close(self) -> None:
+        self.alive = False
+        self.socket.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(5)
+
+    def _order(self, *words: Any) -> None:
+        if not self.alive:
+            return
+        try:
+            self.socket.send(msgspec.msgpack.encode(words))
+        except OSError as error:  # also a full queue: a process that reads nothing is as good as dead
+            self._died(str(error))
+
+    def _died(self, reason: str) -> None:
+        if self.alive:
+            self.alive = False
+            self.process.kill()
+            self._on_event("dead", reason)
