@@ -25,11 +25,12 @@ from typing import Any
 
 import msgspec
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+import torch.distributed
 
 from lanewise.transfer.group_port import HEADER_BYTES, MAX_HEADER_BYTES, PACKET_BYTES
 
-GLOO: Any = ProcessGroupGloo  # torch's stubs leave out what is used here
+c10d: Any = torch.distributed  # its stubs leave out what is used here
+GLOO = c10d.ProcessGroupGloo
 CONNECT_S = 15.0
 KEEP_ALIVE_S = 5.0
 SILENT_S = 20.0
@@ -53,7 +54,7 @@ class Side:
 
     def serve(self) -> int:
         """The store all partners meet in; its port."""
-        self._store = TCPStore(self.host, 0, is_master=True, wait_for_workers=False)
+        self._store = c10d.TCPStore(self.host, 0, is_master=True, wait_for_workers=False)
         return int(self._store.port)
 
     def run(self) -> None:
@@ -82,12 +83,12 @@ class Side:
 
     def _meet(self, pair: str, rank: int, host: str, port: int) -> Any:
         wait = timedelta(seconds=CONNECT_S)
-        store = self._store if rank == _RECEIVER else TCPStore(host, port, is_master=False, timeout=wait)
+        store = self._store if rank == _RECEIVER else c10d.TCPStore(host, port, is_master=False, timeout=wait)
         options = GLOO._Options()
         options._timeout = wait
         options._threads = 1
         options._devices = [GLOO.create_device(hostname=self.host)]
-        return GLOO(PrefixStore(pair, store), rank, 2, options)
+        return GLOO(c10d.PrefixStore(pair, store), rank, 2, options)
 
     def _send(self, pair: str, group: Any) -> None:
         head = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
