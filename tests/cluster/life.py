@@ -103,7 +103,7 @@ def spec(cluster: Cluster, weights: Path) -> dict[str, Any]:
         # Equal text is promised in float32 only, and a model from a folder is computed as it is stored.
         "model": {"uri": f"builtin://{MODEL}", "servedName": MODEL, "dtype": "float32"},
         "disaggregation": "Always",
-        "drain": {"timeout": "2s", "max": "2m"},
+        "drain": {"timeout": "0s", "max": "2m"},
         "prefill": {**worker, "replicas": 1},
         "decode": {**worker, "replicas": 1},
         "router": {"replicas": 2, "resources": {"requests": {"cpu": "50m"}}},

@@ -55,6 +55,9 @@ class RawApi:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._connection.close()
 
     def call(self, method: str, path: str, body: object = None, content: str = "application/json") -> Answer:

@@ -23,7 +23,7 @@ from tests.cluster.life import MODELS_MOUNT, SERVICE, STEP_DEADLINE_S, Life, oth
 from tests.cluster.load import Load, Stream, undisturbed
 
 pytestmark = pytest.mark.timeout(600)
-TOKENS = 200
+TOKENS = 400
 YOUNG = TOKENS // 2  # a stream with no more than this is still there when the pod is hit
 COLUMNS = {"KV transfers": TRANSFERS, "resumed": RESUMED, "held": HELD}
 

@@ -60,20 +60,32 @@ class Request:
     """By the roles. A namespace that is being deleted refuses things too, with the same code."""
 
 
-def requests(cluster: Cluster, user: str, since: int = 0) -> Iterator[Request]:
-    with cluster.audit.path.open("rb") as file:
-        file.seek(since)
-        for line in file:
-            if not line.endswith(b"\n") or user.encode() not in line:
-                continue
-            event = json.loads(line)
-            target, answer = event.get("objectRef"), event.get("responseStatus")
-            if event["user"]["username"] != user or not target or not answer:
-                continue
-            resource = "/".join(filter(None, (target.get("resource", ""), target.get("subresource"))))
-            right = (target.get("apiGroup", ""), resource, event["verb"])
-            decision = event.get("annotations", {}).get("authorization.k8s.io/decision")
-            yield Request(right, int(answer.get("code", 0)), decision == "forbid")
+class Requests:
+    """All that an account has asked for so far; the log is read on from where it was read last."""
+
+    def __init__(self, cluster: Cluster, user: str) -> None:
+        self._path, self._user, self._at = cluster.audit.path, user, 0
+        self._found: list[Request] = []
+
+    def all(self) -> list[Request]:
+        with self._path.open("rb") as file:
+            file.seek(self._at)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # being written
+                self._at += len(line)
+                if self._user.encode() in line:
+                    self._found += self._read(json.loads(line))
+        return self._found
+
+    def _read(self, event: dict[str, Any]) -> Iterator[Request]:
+        target, answer = event.get("objectRef"), event.get("responseStatus")
+        if event["user"]["username"] != self._user or not target or not answer:
+            return
+        resource = "/".join(filter(None, (target.get("resource", ""), target.get("subresource"))))
+        right = (target.get("apiGroup", ""), resource, event["verb"])
+        decision = event.get("annotations", {}).get("authorization.k8s.io/decision")
+        yield Request(right, int(answer.get("code", 0)), decision == "forbid")
 
 
 def used(found: list[Request]) -> set[Right]:
@@ -174,23 +186,20 @@ def left_over(kind: str, uid: str) -> dict[str, Any]:
 
 
 def check(cluster: Cluster, chart: Chart, namespace: str) -> None:
-    user, mark = service_account(chart.namespace, chart.name), cluster.audit.mark()
-
-    def now() -> list[Request]:
-        return list(requests(cluster, user))
-
-    live_a_life(chart, namespace, lambda right: right in used(now()))
+    asked = Requests(cluster, service_account(chart.namespace, chart.name))
+    before = len(asked.all())
+    live_a_life(chart, namespace, lambda right: right in used(asked.all()))
     wanted = granted(cluster, chart.name, chart.namespace)
     assert len(wanted) > 40
 
     def all_used() -> bool:
-        missing = wanted - used(now())
+        missing = wanted - used(asked.all())
         assert not missing, f"granted and never used: {sorted(missing)}"
         return True
 
     wait_for(all_used, "every right to be used", DEADLINE_S)
     # Of this life: while other tests uninstalled the chart, its roles went before its pods did.
-    forbidden = {request.right for request in requests(cluster, user, mark) if request.forbidden}
+    forbidden = {request.right for request in asked.all()[before:] if request.forbidden}
     assert forbidden == set(), "asked for and not granted"
 
 

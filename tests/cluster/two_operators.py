@@ -17,10 +17,14 @@ def wait_left_alone(wide: Chart, namespace: str) -> None:
     """Returns when the cluster-wide release has looked at the markers after the one of `namespace` was there."""
     cluster, user = wide.cluster, service_account(wide.namespace, wide.name)
 
-    def left_alone() -> bool:
-        events = list(cluster.audit.events(resource="leases"))
-        ours = [event.ended_s for event in events if (event.name, event.namespace) == (MARKER, namespace)]
-        marked = min(ours, default=float("inf"))
-        return any(event.user == user and event.verb == "list" and event.received_s > marked for event in events)
+    def marked_at() -> float | None:
+        marks = cluster.audit.events(resource="leases", namespace=namespace)
+        return min((event.ended_s for event in marks if event.name == MARKER), default=None)
 
-    wait_for(left_alone, f"the cluster-wide operator to leave {namespace}", DEADLINE_S)
+    marked = wait_for(marked_at, f"the marker of {namespace}", DEADLINE_S, poll_s=0.5)
+
+    def left_alone() -> bool:
+        looks = cluster.audit.events(user=user, verbs=["list"], resource="leases")
+        return any(event.received_s > marked for event in looks)
+
+    wait_for(left_alone, f"the cluster-wide operator to leave {namespace}", DEADLINE_S, poll_s=0.5)

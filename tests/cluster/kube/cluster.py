@@ -16,6 +16,7 @@ from typing import Any
 from tests.cluster.kube import contents, dns, machine
 from tests.cluster.kube.audit import AuditLog
 from tests.cluster.kube.lifecycle import Running
+from tests.cluster.kube.reader import Reader
 from tests.cluster.kube.slots import Slot
 from tests.cluster.kube.tools import COMMAND_DEADLINE_S, CommandFailed, call, wait_for
 
@@ -42,6 +43,8 @@ class Cluster:
         self.kubeconfig = kubeconfig
         self._running = running
         self.images = images or Images()
+        # Only kubectl knows every way there is to sign in to a cluster of somebody else.
+        self._reader = Reader(kubeconfig) if running is not None else None
 
     # ------------------------------------------------------------ objects
 
@@ -60,6 +63,8 @@ class Cluster:
 
     def get(self, kind: str, name: str, namespace: str = "") -> dict[str, Any]:
         """One object; raises CommandFailed when there is none."""
+        if self._reader is not None:
+            return self._reader.get(kind, name, namespace)
         found: dict[str, Any] = json.loads(self.kubectl("get", kind, name, *_in(namespace), "-o", "json"))
         return found
 
@@ -74,6 +79,8 @@ class Cluster:
 
     def items(self, kind: str, namespace: str = "", selector: str = "") -> list[dict[str, Any]]:
         """All objects of a kind in a namespace (all namespaces when empty) with these labels."""
+        if self._reader is not None:
+            return self._reader.items(kind, namespace, selector)
         where = _in(namespace) if namespace else ["--all-namespaces"]
         chosen = ["-l", selector] if selector else []
         found: list[dict[str, Any]] = json.loads(self.kubectl("get", kind, *where, *chosen, "-o", "json"))["items"]
