@@ -42,7 +42,7 @@ class Variant:
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512")
 _NEEDS_512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"})
 VARIANTS = (
-    Variant("avx512_bf16", _NEEDS_512 | {"avx512_bf16"}, (*_AVX512, "-mavx512bf16")),
+    Variant("avx512_bf16", _NEEDS_512 | {"avx512_bf16", "avx512_vnni"}, (*_AVX512, "-mavx512bf16", "-mavx512vnni")),
     Variant("avx512", _NEEDS_512, _AVX512),
     Variant("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
 )

@@ -1,6 +1,6 @@
 """The native CPU decoder as Python sees it: C records, and calls that let other threads run meanwhile.
 
-Owns: loading the library, the mirror of its records (cpu/decoder.h, cpu/attention.h), packing weights.
+Owns: loading the library, the mirror of its records (cpu/decoder.h, cpu/attention.h, cpu/packed.h), packing weights.
 Must not: know checkpoints or configurations (engine/native_model.py fills the records), or be used from two threads.
 """
 
@@ -14,13 +14,15 @@ from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from .cpu_build import VARIANTS, CannotBuild, Variant, best_variant, cpu_flags, library
 from .plan import Span
 
-__all__ = ["CannotBuild", "Layer", "Model", "NativeDecoder", "Packer", "aligned", "available"]
+__all__ = ["CannotBuild", "Layer", "Model", "NativeDecoder", "PackedWeight", "Packer", "aligned", "available"]
 
 PANEL = 32  # outputs that are packed together
+PLAIN, INT8, FP8, BYTES = range(4)  # `Kind` of cpu/packed.h
 LANES = 16  # sizes of vectors are multiples of this
 ALIGNMENT = 64  # a vector that crosses a cache line costs two reads
 
@@ -28,11 +30,17 @@ ALIGNMENT = 64  # a vector that crosses a cache line costs two reads
 Memory = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
+class Packed(Structure):
+    """`Packed` of cpu/packed.h."""
+
+    _fields_ = (*[(name, c_void_p) for name in ("data", "scales", "offsets")], ("kind", c_int64))
+
+
 class Layer(Structure):
     """`Layer` of cpu/decoder.h."""
 
     _fields_ = (
-        *[(name, c_void_p) for name in ("qkv", "output", "gate_up", "down")],
+        *[(name, Packed) for name in ("qkv", "output", "gate_up", "down")],
         *[(name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")],
         *[(name, c_void_p) for name in ("qkv_bias", "output_bias", "gate_up_bias", "down_bias")],
         ("keys", c_void_p),
@@ -52,7 +60,7 @@ class Model(Structure):
         ("frequencies", c_void_p),
         ("embedding", c_void_p),
         ("embedding_kind", c_int64),
-        ("head", c_void_p),
+        ("head", Packed),
         ("norm", c_void_p),
         ("layers", POINTER(Layer)),
     )
@@ -91,17 +99,29 @@ def _load(variant: Variant) -> ctypes.CDLL:
     lib.lw_begin.argtypes, lib.lw_begin.restype = (c_void_p, POINTER(_Batch)), None
     lib.lw_layers.argtypes, lib.lw_layers.restype = (c_void_p, c_int64, c_int64), None
     lib.lw_logits.argtypes, lib.lw_logits.restype = (c_void_p, c_void_p), None
-    lib.lw_multiply.argtypes = (c_void_p, c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p)
+    lib.lw_multiply.argtypes = (c_void_p, c_void_p, c_int64, c_int64, POINTER(Packed), c_int64, c_void_p)
     lib.lw_multiply.restype = None
     lib.lw_attend.argtypes = (c_void_p, POINTER(_Batch), c_void_p, c_void_p, c_void_p, c_int64, c_void_p)
     lib.lw_attend.restype = None
     lib.lw_pack.argtypes, lib.lw_pack.restype = (c_void_p, c_int64, c_int64, c_void_p, c_int), None
+    lib.lw_pack_bytes.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int)
+    lib.lw_pack_bytes.restype = None
     return lib
 
 
 def aligned(memory: Memory) -> Memory:
     """`memory` from its first aligned byte on; it may lose up to ALIGNMENT bytes."""
     return memory[-memory.ctypes.data % ALIGNMENT :]
+
+
+class PackedWeight:
+    """A weight as the kernels read it; `record` points into memory that lives as long as this object."""
+
+    def __init__(self, record: Packed, data: torch.Tensor, *others: torch.Tensor) -> None:
+        self.record = record
+        self._memory = (data, *others)
+        for name, tensor in zip(("data", "scales", "offsets"), self._memory, strict=False):
+            setattr(record, name, tensor.data_ptr())
 
 
 class Packer:
@@ -115,8 +135,31 @@ class Packer:
         self._piece: Memory = np.empty(0, dtype=np.uint8)
         self._used = 0
 
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
         """Weight [out, in], fp32 or bf16, as panels [ceil(out / 32), units, 32] of 4 bytes; `in` fills whole units."""
+        return PackedWeight(Packed(kind=PLAIN), self._pack_units(weight))
+
+    def pack_bytes(
+        self, weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, *, rounded_rows: bool = False
+    ) -> PackedWeight:
+        """Weight [out, in], int8 or e4m3, with fp32 scales [out], for activations of `dtype`.
+
+        `rounded_rows`: activations will be rounded to bytes too; int8 alone, and `in` a multiple of 4.
+        """
+        kind = FP8 if weight.dtype == torch.float8_e4m3fn else BYTES if rounded_rows else INT8
+        weight = weight.view(torch.int8)
+        rows, columns = weight.shape
+        missing = -rows % PANEL
+        scales = pad(scales.float(), (0, missing))
+        if kind == BYTES:
+            offsets = pad(weight.sum(1, dtype=torch.int32) * 128, (0, missing))
+            return PackedWeight(Packed(kind=kind), self._pack_units(weight), scales, offsets)
+        packed = self._take((rows + missing) * columns)
+        source, values = weight.contiguous(), 4 // dtype.itemsize
+        self._library.lw_pack_bytes(source.data_ptr(), rows, columns, values, packed.data_ptr(), self._threads)
+        return PackedWeight(Packed(kind=kind), packed, scales)
+
+    def _pack_units(self, weight: torch.Tensor) -> torch.Tensor:
         rows, columns = weight.shape
         units, rest = divmod(columns * weight.dtype.itemsize, 4)
         if rest:
@@ -188,12 +231,11 @@ class NativeDecoder:
         self._library.lw_attend(self._handle, byref(batch), query.data_ptr(), keys, values, window or 0, out.data_ptr())
         return out
 
-    def multiply(self, rows: torch.Tensor, packed: torch.Tensor, columns: int) -> torch.Tensor:
+    def multiply(self, rows: torch.Tensor, packed: PackedWeight, columns: int) -> torch.Tensor:
         """rows [n, k] times a packed weight with `columns` outputs, a multiple of 32, in fp32; as `attend`."""
         out = torch.empty((len(rows), columns), dtype=torch.float32)
-        half = int(rows.dtype == torch.bfloat16)
         self._library.lw_multiply(
-            self._handle, half, rows.data_ptr(), rows.shape[1], len(rows), packed.data_ptr(), columns, out.data_ptr()
+            self._handle, rows.data_ptr(), rows.shape[1], len(rows), byref(packed.record), columns, out.data_ptr()
         )
         return out
 

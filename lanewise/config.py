@@ -62,6 +62,10 @@ class WorkerConfig(_ProcessConfig):
         "auto",
         description="auto: float32 for builtin://fable on a CPU, else the checkpoint's (fp16 becomes bf16 on a CPU)",
     )
+    weights: Literal["full", "int8", "fp8", "w8a8"] = Field(
+        "full",
+        description="full: in dtype; int8, fp8: one byte a value, a scale for each output; w8a8: activations int8 too",
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     kernels: Literal["auto", "native", "torch", "triton"] = Field(
         "auto", description="auto: native on a CPU with a compiler or a built library, else torch; triton: GPU, opt-in"

@@ -23,16 +23,8 @@ void lw_layers(void* handle, int64_t low, int64_t high) {
 }
 void lw_logits(void* handle, float* out) { static_cast<Handle*>(handle)->decoder->logits(out); }
 // Single kernels, for tests and benchmarks: out [rows][columns] in fp32; attention as attend() has it.
-void lw_multiply(void* handle, int half, const void* a, int64_t k, int64_t rows, const uint32_t* packed, int64_t columns,
-                 float* out) {
-    const auto put = [&](long row, long c, vf left, vf right) LW_INLINE_LAMBDA {
-        store(out + row * columns + c, left), store(out + row * columns + c + 16, right);
-    };
-    Pool& pool = static_cast<Handle*>(handle)->pool;
-    if (half)
-        multiply(pool, static_cast<const bf16*>(a), k, rows, packed, columns / PANEL, put);
-    else
-        multiply(pool, static_cast<const float*>(a), k, rows, packed, columns / PANEL, put);
+void lw_multiply(void* handle, const void* a, int64_t k, int64_t rows, const Packed* weight, int64_t columns, float* out) {
+    static_cast<Handle*>(handle)->decoder->multiply(a, k, rows, *weight, columns, out);
 }
 void lw_attend(void* handle, const Batch* batch, const void* query, const void* keys, const void* values, int64_t window,
                void* out) {
@@ -41,5 +33,9 @@ void lw_attend(void* handle, const Batch* batch, const void* query, const void* 
 void lw_pack(const uint32_t* from, int64_t rows, int64_t units, uint32_t* to, int threads) {
     Pool pool(threads);
     pack(pool, from, rows, units, to);
+}
+void lw_pack_bytes(const uint8_t* from, int64_t rows, int64_t columns, int64_t values, uint8_t* to, int threads) {
+    Pool pool(threads);
+    pack_bytes(pool, from, rows, columns, values, to);
 }
 }

@@ -4,12 +4,11 @@
 // caller's. The residual stream is kept in fp32; what enters a product is rounded to the compute type once.
 #pragma once
 #include <algorithm>
-#include <memory>
 
 #include "attention.h"
 
-struct Layer {  // mirrored in ../native.py; packed weights as pack() makes them, biases and norms in fp32, may be null
-    const uint32_t *qkv, *output, *gate_up, *down;
+struct Layer {  // mirrored in ../native.py; biases and norms in fp32, may be null
+    Packed qkv, output, gate_up, down;
     const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
     const float *qkv_bias, *output_bias, *gate_up_bias, *down_bias;
     void *keys, *values;
@@ -22,7 +21,7 @@ struct Model {  // mirrored in ../native.py
     const float* frequencies;  // [head_dim / 2], radians per token
     const void* embedding;     // [vocab][hidden]
     int64_t embedding_kind;    // 0 fp32, 1 bf16, 2 fp16
-    const uint32_t* head;
+    Packed head;
     const float* norm;
     const Layer* layers;
 };
@@ -40,6 +39,7 @@ struct Decoder {
     virtual void logits(float* out) = 0;  // [sampled spans][vocab]
     virtual void attend(const Batch& batch, const void* query, const void* keys, const void* values, long window,
                         void* out) = 0;  // attention alone
+    virtual void multiply(const void* a, long k, long rows, const Packed& w, long columns, float* out) = 0;  // as well
 };
 
 inline float half_to_float(uint16_t h) {
@@ -48,22 +48,6 @@ inline float half_to_float(uint16_t h) {
     const uint32_t bits = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | fraction << 13;
     return load<float>(&bits);
 }
-
-template <class V>
-struct Buffer {  // grows, keeps nothing
-    V* get(long count) {
-        if (count > size) {
-            size = count + count / 4;
-            memory.reset(static_cast<V*>(::operator new[](size * sizeof(V), std::align_val_t(64))));
-        }
-        return memory.get();
-    }
-    struct Free {
-        void operator()(V* p) const { ::operator delete[](p, std::align_val_t(64)); }
-    };
-    long size = 0;
-    std::unique_ptr<V[], Free> memory;
-};
 
 template <class T>
 class DecoderOf final : public Decoder {
@@ -138,6 +122,13 @@ class DecoderOf final : public Decoder {
         attend_tasks(all_, static_cast<const T*>(query), keys, values, window, static_cast<T*>(out));
     }
 
+    void multiply(const void* a, long k, long rows, const Packed& w, long columns, float* out) override {
+        product(static_cast<const T*>(a), k, rows, w, columns, nullptr,
+                [&](long row, long c, vf left, vf right) LW_INLINE_LAMBDA {
+                    put(out + row * columns, c, columns, left), put(out + row * columns, c + 16, columns, right);
+                });
+    }
+
   private:
     void attend_tasks(const std::vector<AttentionTask>& tasks, const T* query, const void* keys, const void* values,
                       long window, T* out) {
@@ -161,18 +152,22 @@ class DecoderOf final : public Decoder {
     }
 
     template <class Epilogue>
-    void product(const T* a, long k, long rows, const uint32_t* packed, long columns, const float* bias,
-                 const Epilogue& epilogue) {
+    void product(const T* a, long k, long rows, const Packed& w, long columns, const float* bias, const Epilogue& each) {
         if (rows == 0) return;
-        if (!bias) return multiply(pool_, a, k, rows, packed, padded(columns) / PANEL, epilogue);
-        multiply(pool_, a, k, rows, packed, padded(columns) / PANEL,
-                 [&](long row, long c, vf left, vf right) LW_INLINE_LAMBDA {
-                     epilogue(row, c, left + load<vf>(bias + c), right + load<vf>(bias + c + 16));
-                 });
+        ::multiply(pool_, rounded(a, k, rows, w), w, padded(columns) / PANEL, bias, each);
     }
 
-    void add_product(const T* a, long k, const uint32_t* packed, const float* bias) {
-        product(a, k, rows_, packed, m_.hidden, bias, [&](long row, long c, vf left, vf right) LW_INLINE_LAMBDA {
+    // The rows as weights of this kind want them.
+    Rows<T> rounded(const T* a, long k, long rows, const Packed& w) {
+        if (w.kind != BYTES) return {a, k, rows};
+        uint8_t* bytes = bytes_.get(rows * k);
+        float* steps = steps_.get(rows);
+        rows_run(rows, 16, [&](long row) { steps[row] = round_row(a + row * k, k, bytes + row * k); });
+        return {a, k, rows, bytes, steps};
+    }
+
+    void add_product(const T* a, long k, const Packed& w, const float* bias) {
+        product(a, k, rows_, w, m_.hidden, bias, [&](long row, long c, vf left, vf right) LW_INLINE_LAMBDA {
             float* to = hidden_ + row * m_.hidden;
             add(to, c, left), add(to, c + 16, right);
         });
@@ -274,7 +269,8 @@ class DecoderOf final : public Decoder {
     std::vector<Span> spans_;
     std::vector<AttentionTask> all_, last_;
     std::vector<int64_t> positions_, slots_;
-    Buffer<float> hidden_buffer_, angles_, sums_;
+    Buffer<float> hidden_buffer_, angles_, sums_, steps_;
+    Buffer<uint8_t> bytes_;
     Buffer<T> normed_, query_, mixed_, inner_;
     float* hidden_ = nullptr;
 };

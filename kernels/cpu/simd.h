@@ -80,6 +80,8 @@ LW_INLINE void store16<bf16>(bf16* to, vf v) {  // to nearest, ties to even; val
     bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     store(to, __builtin_convertvector(bits, vh));
 }
+LW_INLINE vf load16(const float* from) { return load<vf>(from); }
+LW_INLINE vf load16(const bf16* from) { return (vf)(__builtin_convertvector(load<vh>(from), vu) << 16); }
 LW_INLINE float widen(float x) { return x; }
 LW_INLINE float widen(bf16 x) {
     const uint32_t bits = uint32_t(x.bits) << 16;

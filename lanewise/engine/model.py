@@ -12,11 +12,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import rms_norm, silu
 
 from lanewise.engine.model_config import ModelConfig
+from lanewise.engine.quantise import apply
 from lanewise.engine.rope import RotaryEmbedding, rotate
-from lanewise.engine.weights import LayerWeights, Linear, Weights
+from lanewise.engine.weights import LayerWeights, Weights
 from lanewise.kernels.plan import BatchPlan, Span
 from lanewise.kernels.select import Attention
 
@@ -64,21 +65,21 @@ class Decoder:
             mixed = self.attention.attend(
                 plan, cache[index], query, key, value, self.config.windows[index]
             )  # [N, H, D]
-            hidden = hidden + _apply(layer.output, mixed.reshape(len(hidden), -1))
+            hidden = hidden + apply(layer.output, mixed.reshape(len(hidden), -1))
             inner = self._norm(hidden, layer.mlp_norm)
-            hidden = hidden + _apply(layer.down, silu(_apply(layer.gate, inner)) * _apply(layer.up, inner))
+            hidden = hidden + apply(layer.down, silu(apply(layer.gate, inner)) * apply(layer.up, inner))
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, vocab] in fp32 for the rows that are sampled."""
-        return linear(self._norm(hidden, self.weights.norm), self.weights.head).float()
+        return apply(self.weights.head, self._norm(hidden, self.weights.norm)).float()
 
     def _project(self, layer: LayerWeights, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query [N, H, D], key and value [N, G, D], before rotation."""
         dim = self.config.head_dim
-        query = _apply(layer.query, hidden).view(len(hidden), -1, dim)
-        key = _apply(layer.key, hidden).view(len(hidden), -1, dim)
-        value = _apply(layer.value, hidden).view(len(hidden), -1, dim)
+        query = apply(layer.query, hidden).view(len(hidden), -1, dim)
+        key = apply(layer.key, hidden).view(len(hidden), -1, dim)
+        value = apply(layer.value, hidden).view(len(hidden), -1, dim)
         if layer.query_norm is not None and layer.key_norm is not None:
             query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
         return query, key, value
@@ -89,7 +90,3 @@ class Decoder:
         if hidden.dtype == torch.float32:
             return rms_norm(hidden, (hidden.shape[-1],), weight, eps)
         return weight * rms_norm(hidden.float(), (hidden.shape[-1],), None, eps).to(hidden.dtype)
-
-
-def _apply(layer: Linear, hidden: torch.Tensor) -> torch.Tensor:
-    return linear(hidden, layer.weight, layer.bias)

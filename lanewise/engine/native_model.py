@@ -6,18 +6,32 @@ The weights themselves are not needed afterwards, except the embedding: it stays
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import pad
 
 from lanewise.engine.model import OnLayers
 from lanewise.engine.model_config import ModelConfig
+from lanewise.engine.quantise import Linear, as_bytes
 from lanewise.engine.rope import RotaryEmbedding
 from lanewise.engine.sources import Progress
-from lanewise.engine.weights import LayerWeights, Linear, Weights
+from lanewise.engine.weights import LayerWeights, Weights
 from lanewise.kernels.cpu_build import Variant
-from lanewise.kernels.native import LANES, PANEL, CannotBuild, Layer, Model, NativeDecoder, Packer, available
+from lanewise.kernels.native import (
+    LANES,
+    PANEL,
+    CannotBuild,
+    Layer,
+    Model,
+    NativeDecoder,
+    Packed,
+    PackedWeight,
+    Packer,
+    available,
+)
 from lanewise.kernels.plan import Span
 
 EMBEDDING_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -56,6 +70,7 @@ class NativeModel:
         self._packer = Packer(variant, threads)
         self._dtype = weights.norm.dtype
         self._memory: list[torch.Tensor] = []  # what the records point to
+        self._packed: list[PackedWeight] = []
         page_tokens = cache[0].shape[2]
         layers = (Layer * config.num_layers)()
         for index, layer in enumerate(weights.layers):
@@ -106,19 +121,25 @@ class NativeModel:
             record.query_norm = self._keep(layer.query_norm.float())
             record.key_norm = self._keep(layer.key_norm.float())
         inputs = [layer.query, layer.key, layer.value]
-        record.qkv = self._pack(torch.cat([part.weight for part in inputs]))
+        record.qkv = self._pack(_joined(inputs, torch.cat))
         record.qkv_bias = self._bias([part.bias for part in inputs])
-        record.output, record.output_bias = self._pack(layer.output.weight), self._bias([layer.output.bias])
+        record.output, record.output_bias = self._pack(layer.output), self._bias([layer.output.bias])
         gate, up = (_padded(part) for part in (layer.gate, layer.up))
-        record.gate_up = self._pack(_interleave(gate.weight, up.weight))
+        record.gate_up = self._pack(_joined([gate, up], _interleave))
         if gate.bias is not None and up.bias is not None:
-            record.gate_up_bias = self._keep(_interleave(gate.bias, up.bias).float())
-        down = layer.down.weight
-        record.down = self._pack(pad(down, (0, _up(down.shape[1], LANES) - down.shape[1])))
+            record.gate_up_bias = self._keep(_interleave([gate.bias, up.bias]).float())
+        down = as_bytes(layer.down.weight)
+        down = pad(down, (0, _up(down.shape[1], LANES) - down.shape[1])).view(layer.down.weight.dtype)
+        record.down = self._pack(replace(layer.down, weight=down))
         record.down_bias = self._bias([layer.down.bias])
 
-    def _pack(self, weight: torch.Tensor) -> int:
-        return self._keep(self._packer.pack(weight.to(self._dtype)))
+    def _pack(self, layer: Linear) -> Packed:
+        if layer.scales is None:
+            packed = self._packer.pack(layer.weight.to(self._dtype))
+        else:
+            packed = self._packer.pack_bytes(layer.weight, layer.scales, self._dtype, rounded_rows=layer.rounded_rows)
+        self._packed.append(packed)
+        return packed.record
 
     def _bias(self, parts: list[torch.Tensor | None]) -> int | None:
         """The biases one after the other, in fp32, filled up to whole panels."""
@@ -141,10 +162,19 @@ def _up(count: int, multiple: int) -> int:
 def _padded(layer: Linear) -> Linear:
     """With zero outputs up to whole vectors: silu(0) * 0 adds nothing."""
     missing = _up(len(layer.weight), LANES) - len(layer.weight)
-    return Linear(pad(layer.weight, (0, 0, 0, missing)), None if layer.bias is None else pad(layer.bias, (0, missing)))
+    weight = pad(as_bytes(layer.weight), (0, 0, 0, missing)).view(layer.weight.dtype)
+    bias, scales = (None if part is None else pad(part, (0, missing)) for part in (layer.bias, layer.scales))
+    return replace(layer, weight=weight, bias=bias, scales=scales)
 
 
-def _interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Sixteen outputs of one, sixteen of the other, and so on, so that both halves of a product meet in one panel."""
-    parts = torch.stack([part.view(-1, LANES, *part.shape[1:]) for part in (gate, up)], 1)
-    return parts.flatten(0, 2)
+def _joined(parts: list[Linear], join: Callable[[list[torch.Tensor]], torch.Tensor]) -> Linear:
+    """Several products of the same rows as one, without biases."""
+    weight = join([as_bytes(part.weight) for part in parts]).view(parts[0].weight.dtype)
+    scales = [part.scales for part in parts if part.scales is not None]
+    return Linear(weight, None, join(scales) if scales else None, parts[0].rounded_rows)
+
+
+def _interleave(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Sixteen outputs of gate, sixteen of up, and so on, so that both halves of a product meet in one panel."""
+    stacked = torch.stack([part.view(-1, LANES, *part.shape[1:]) for part in parts], 1)
+    return stacked.flatten(0, 2)

@@ -21,6 +21,7 @@ from lanewise.engine.kv_pool import KVPool, layout_of, pool_pages
 from lanewise.engine.model import Decoder, OnLayers
 from lanewise.engine.model_config import ModelConfig, read_model_config
 from lanewise.engine.native_model import NativeModel, native_variant
+from lanewise.engine.phases import Phases
 from lanewise.engine.sampler import Sampled, sample
 from lanewise.engine.sequence import Sequence
 from lanewise.errors import ConfigError
@@ -52,7 +53,10 @@ class Engine:
         decoder: Decoder | NativeModel,
         pool: KVPool,
         fields: dict[str, str],
+        phases: Phases,
     ) -> None:
+        self._phases = phases
+        self.startup_s = phases.seconds
         self.model_dir = model_dir
         self.model_config = model_config
         self.pool = pool
@@ -70,6 +74,7 @@ class Engine:
     @classmethod
     def load(cls, config: WorkerConfig, on_progress: sources.Progress | None = None) -> Engine:
         """A ready engine, or ConfigError. Binds the calling thread to the worker's cores if it has its own."""
+        phases = Phases()
         device = machine.choose_device(config.device)
         if device.type == "cpu":
             machine.bind_cores(config.cores, config.threads)
@@ -79,12 +84,15 @@ class Engine:
         checkpoint = Checkpoint(directory)
         builtin = config.model.startswith(sources.BUILTIN)
         dtype = weights.compute_dtype(config.dtype, checkpoint, device, builtin)
+        fields = weights.fingerprint_fields(checkpoint, model_config, str(dtype).removeprefix("torch."), config.weights)
+        phases.end("open")
         with torch.inference_mode():
-            loaded = weights.load_weights(checkpoint, model_config, dtype, device, on_progress)
-            pool = _make_pool(config, model_config, max_context_tokens, checkpoint, dtype, device)
+            loaded = weights.load_weights(checkpoint, model_config, dtype, device, on_progress, config.weights)
+            phases.end("load")
+            pool = _make_pool(config, model_config, max_context_tokens, loaded, dtype, device)
             decoder = _make_decoder(config, model_config, loaded, pool, on_progress)
-        fields = weights.fingerprint_fields(checkpoint, model_config, pool.layout.dtype)
-        engine = cls(directory, model_config, decoder, pool, fields)
+        phases.end("pack")
+        engine = cls(directory, model_config, decoder, pool, fields, phases)
         engine.max_context_tokens = max_context_tokens
         return engine
 
@@ -125,6 +133,7 @@ class Engine:
                 seq.ids.append(sampled.token_id)
         finally:
             self.pool.release(seq)
+            self._phases.end("warm")
 
     def _synchronised(self, on_layers: OnLayers | None) -> OnLayers | None:
         """On a GPU the host runs ahead: wait until the KV is really there before saying so."""
@@ -197,7 +206,7 @@ def _make_pool(
     config: WorkerConfig,
     model_config: ModelConfig,
     max_context_tokens: int,
-    checkpoint: Checkpoint,
+    loaded: weights.Weights,
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVPool:
@@ -210,7 +219,7 @@ def _make_pool(
         config.page_tokens,
         asked_bytes=config.kv_cache_bytes,
         memory_bytes=machine.memory_bytes(device),
-        weight_bytes=checkpoint.num_bytes,
+        weight_bytes=loaded.num_bytes(),
         workspace_bytes=4 * (activations + scores),
         sharing=config.sharing,
         useful_tokens=config.max_running * max_context_tokens,

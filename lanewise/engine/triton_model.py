@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from lanewise.engine.model import Decoder, OnLayers
 from lanewise.engine.model_config import ModelConfig
-from lanewise.engine.weights import LayerWeights, Linear, Weights
+from lanewise.engine.quantise import apply
+from lanewise.engine.weights import LayerWeights, Weights
 from lanewise.kernels.select import Attention
 from lanewise.kernels.triton_attention import TritonAttention
 from lanewise.kernels.triton_rows import add_norm, rotate_and_write
@@ -42,15 +43,11 @@ class TritonDecoder(Decoder):
             if on_layers is not None:
                 on_layers(index, index + 1)
             mixed = self._kernels.attend(plan, self.cache[index], query, self.config.windows[index])
-            inner = add_norm(hidden, _apply(layer.output, mixed.flatten(1)), layer.mlp_norm, eps)
-            update = _apply(layer.down, silu(_apply(layer.gate, inner)) * _apply(layer.up, inner))
+            inner = add_norm(hidden, apply(layer.output, mixed.flatten(1)), layer.mlp_norm, eps)
+            update = apply(layer.down, silu(apply(layer.gate, inner)) * apply(layer.up, inner))
         return hidden if update is None else hidden + update
 
     def _inputs(self, layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
         """[N, H + 2 G, D]: query, key and value heads."""
-        parts = [_apply(part, normed) for part in (layer.query, layer.key, layer.value)]
+        parts = [apply(part, normed) for part in (layer.query, layer.key, layer.value)]
         return torch.cat(parts, 1).view(len(normed), -1, self.config.head_dim)
-
-
-def _apply(layer: Linear, hidden: torch.Tensor) -> torch.Tensor:
-    return linear(hidden, layer.weight, layer.bias)

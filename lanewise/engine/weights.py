@@ -9,27 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from lanewise.engine.checkpoint import Checkpoint
 from lanewise.engine.model_config import ModelConfig
+from lanewise.engine.quantise import Linear, quantise
 from lanewise.engine.sources import Progress
 from lanewise.errors import ConfigError
 
 PROTOCOL = "1"
 EMBEDDING = "model.embed_tokens.weight"
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry
-
-
-@dataclass(slots=True)
-class Linear:
-    """`weight` is [out, in]."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
 
 
 @dataclass(slots=True)
@@ -52,7 +45,15 @@ class Weights:
     embedding: torch.Tensor  # [vocab, hidden]; on a CPU in the checkpoint's dtype, rows are converted as they are used
     layers: list[LayerWeights]
     norm: torch.Tensor  # [hidden]
-    head: torch.Tensor  # [vocab, hidden]; the embedding itself where tied and not converted
+    head: Linear  # [vocab, hidden]; the embedding itself where tied and not converted
+
+    def num_bytes(self) -> int:
+        """Of everything that is read in a step."""
+        kept = [self.norm, self.head.weight]
+        for layer in self.layers:
+            parts = (getattr(layer, field.name) for field in dataclasses.fields(layer))
+            kept += [part.weight if isinstance(part, Linear) else part for part in parts if part is not None]
+        return sum(tensor.nbytes for tensor in kept)
 
 
 def compute_dtype(asked: str, checkpoint: Checkpoint, device: torch.device, builtin: bool) -> torch.dtype:
@@ -74,23 +75,34 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     on_progress: Progress | None = None,
+    form: str = "full",
 ) -> Weights:
-    """All weights; ConfigError names the first tensor that is missing, unknown or of a wrong shape."""
+    """All weights, those of products in `form` (quantise.FORMS).
+
+    ConfigError names the first tensor that is missing, unknown or of a wrong shape.
+    """
     shapes = dict(expected_shapes(config))
     _check(checkpoint, shapes, config)
     head_name = EMBEDDING if config.tied_embeddings else "lm_head.weight"
-    loaded: dict[str, torch.Tensor] = {}
-    for done, name in enumerate(shapes):
-        if name != EMBEDDING or name == head_name or device.type != "cpu":
-            loaded[name] = _place(checkpoint.tensor(name), dtype, device)
+    done = 0
+
+    def tensor(name: str) -> torch.Tensor:
+        nonlocal done
+        done += 1
         if on_progress is not None:
-            on_progress("load", done + 1, len(shapes))
-    return Weights(
-        embedding=checkpoint.tensor(EMBEDDING) if device.type == "cpu" else loaded[EMBEDDING],
-        layers=[_layer(loaded, f"model.layers.{index}.") for index in range(config.num_layers)],
-        norm=loaded["model.norm.weight"],
-        head=loaded[head_name],
-    )
+            on_progress("load", done, len(shapes))
+        return _place(checkpoint.tensor(name), dtype, device)
+
+    def product(name: str) -> Linear:
+        bias = tensor(f"{name}.bias") if f"{name}.bias" in shapes else None
+        return quantise(Linear(tensor(f"{name}.weight"), bias), form)
+
+    embedding = checkpoint.tensor(EMBEDDING) if device.type == "cpu" else tensor(EMBEDDING)
+    layers = [_layer(shapes, tensor, product, f"model.layers.{index}.") for index in range(config.num_layers)]
+    norm = tensor("model.norm.weight")
+    shared = config.tied_embeddings and device.type != "cpu"
+    head = quantise(Linear(embedding if shared else tensor(head_name)), form, rounded_rows=False)
+    return Weights(embedding, layers, norm, head)
 
 
 def _place(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -151,26 +163,33 @@ def _check(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], config: M
             raise ConfigError(f"{checkpoint.directory}: tensor {name} belongs to no part of a {config.family} model")
 
 
-def _layer(loaded: dict[str, torch.Tensor], prefix: str) -> LayerWeights:
-    def linear(name: str) -> Linear:
-        return Linear(loaded[f"{prefix}{name}.weight"], loaded.get(f"{prefix}{name}.bias"))
+def _layer(
+    shapes: Collection[str],
+    tensor: Callable[[str], torch.Tensor],
+    product: Callable[[str], Linear],
+    prefix: str,
+) -> LayerWeights:
+    def norm(name: str) -> torch.Tensor | None:
+        return tensor(prefix + name) if prefix + name in shapes else None
 
     return LayerWeights(
-        attention_norm=loaded[prefix + "input_layernorm.weight"],
-        query=linear("self_attn.q_proj"),
-        key=linear("self_attn.k_proj"),
-        value=linear("self_attn.v_proj"),
-        output=linear("self_attn.o_proj"),
-        query_norm=loaded.get(prefix + "self_attn.q_norm.weight"),
-        key_norm=loaded.get(prefix + "self_attn.k_norm.weight"),
-        mlp_norm=loaded[prefix + "post_attention_layernorm.weight"],
-        gate=linear("mlp.gate_proj"),
-        up=linear("mlp.up_proj"),
-        down=linear("mlp.down_proj"),
+        attention_norm=tensor(prefix + "input_layernorm.weight"),
+        query=product(prefix + "self_attn.q_proj"),
+        key=product(prefix + "self_attn.k_proj"),
+        value=product(prefix + "self_attn.v_proj"),
+        output=product(prefix + "self_attn.o_proj"),
+        query_norm=norm("self_attn.q_norm.weight"),
+        key_norm=norm("self_attn.k_norm.weight"),
+        mlp_norm=tensor(prefix + "post_attention_layernorm.weight"),
+        gate=product(prefix + "mlp.gate_proj"),
+        up=product(prefix + "mlp.up_proj"),
+        down=product(prefix + "mlp.down_proj"),
     )
 
 
-def fingerprint_fields(checkpoint: Checkpoint, config: ModelConfig, kv_dtype: str) -> dict[str, str]:
+def fingerprint_fields(
+    checkpoint: Checkpoint, config: ModelConfig, kv_dtype: str, form: str = "full"
+) -> dict[str, str]:
     """What must be equal before the KV of one worker means anything to another, in words a person can compare."""
     tokenizer = checkpoint.directory / "tokenizer.json"
     structure = {
@@ -180,7 +199,7 @@ def fingerprint_fields(checkpoint: Checkpoint, config: ModelConfig, kv_dtype: st
     }
     return {
         "protocol": PROTOCOL,
-        "weight_digest": checkpoint.digest(),
+        "weight_digest": checkpoint.digest() + ("" if form == "full" else f" as {form}"),
         "model_config": " ".join(f"{name}={value}" for name, value in structure.items()),
         "rope": " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config.rope).items()),
         "kv_dtype": kv_dtype,

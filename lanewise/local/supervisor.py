@@ -202,8 +202,15 @@ def ready_line(child: Child, width: int) -> str:
         ]
     else:
         parts += [str(child.ready.get("device", "?")), size(_memory(child))]
-        parts += [str(child.ready.get("address", child.plan.address))]
-    return "  ".join((*parts, f"pid {child.pid}"))
+        parts += [str(child.ready.get("address", child.plan.address)), _phases(child.ready.get("startup_s"))]
+    return "  ".join((*filter(None, parts), f"pid {child.pid}"))
+
+
+def _phases(startup_s: object) -> str:
+    """Where the time of the start went, as the worker says it."""
+    if not isinstance(startup_s, dict):
+        return ""
+    return " ".join(f"{name} {float(seconds):.1f}s" for name, seconds in startup_s.items())
 
 
 def _bare(address: object) -> str:

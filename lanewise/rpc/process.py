@@ -9,8 +9,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -59,6 +59,7 @@ class WorkerFacts:
     identity: WorkerIdentity
     tokenizer: TokenizerFiles
     memory_bytes: int
+    startup_s: Mapping[str, float] = field(default_factory=dict)  # by phase
 
 
 class LayoutFacts(Protocol):
@@ -83,6 +84,7 @@ class EngineFacts(Protocol):
     device: str
     memory_bytes: int
     power_watts: int
+    startup_s: dict[str, float]
 
     @property
     def pool(self) -> PoolFacts: ...
@@ -109,7 +111,8 @@ def worker_facts(
         kv_bytes_per_token=engine.pool.layout.bytes_per_token,
         power_watts=engine.power_watts,
     )
-    return WorkerFacts(identity, read_tokenizer_files(engine.model_dir, engine.eos_ids), memory_in_use(engine))
+    tokenizer = read_tokenizer_files(engine.model_dir, engine.eos_ids)
+    return WorkerFacts(identity, tokenizer, memory_in_use(engine), engine.startup_s)
 
 
 def memory_in_use(engine: EngineFacts) -> int:
@@ -218,6 +221,7 @@ def _ready_line(identity: WorkerIdentity, facts: WorkerFacts) -> None:
         fingerprint=identity.fingerprint,
         incarnation=identity.incarnation,
         pid=identity.pid,
+        startup_s=facts.startup_s,
     )
 
 

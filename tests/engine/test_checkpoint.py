@@ -61,7 +61,7 @@ def test_matching_weights_are_used_in_place(saved):
     query = loaded.layers[0].query.weight
     name = "model.layers.0.self_attn.q_proj.weight"
     assert query.data_ptr() == checkpoint.tensor(name).data_ptr()
-    assert loaded.head.data_ptr() == checkpoint.tensor("lm_head.weight").data_ptr()
+    assert loaded.head.weight.data_ptr() == checkpoint.tensor("lm_head.weight").data_ptr()
     converted = load_weights(checkpoint, config, torch.bfloat16, torch.device("cpu"))
     assert torch.equal(converted.layers[0].query.weight, query.bfloat16())
     assert converted.embedding.data_ptr() == checkpoint.tensor("model.embed_tokens.weight").data_ptr()

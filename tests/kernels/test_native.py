@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lanewise.kernels.cpu_build import CannotBuild, Variant
+from lanewise.engine.quantise import Linear, apply, quantise
+from lanewise.kernels.cpu_build import VARIANTS, CannotBuild, Variant, cpu_flags
 from lanewise.kernels.native import Model, NativeDecoder, Packer, available
 from tests.kernels.test_attention import DIM, HEADS, KV_HEADS, Case
 
@@ -68,3 +69,23 @@ def test_products_of_every_height(variant, dtype, k, columns):
     assert (whole.double() - expected).abs().max() < 1e-3
     for height in (*range(1, 27), 95, 96, 97, 193):  # every tile, and both sides of a block
         assert torch.equal(kernels.multiply(rows[:height], packed, columns), whole[:height])
+
+
+@pytest.mark.parametrize("variant_of", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("form", ["int8", "fp8", "w8a8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_with_weights_of_one_byte(variant_of, form, dtype):
+    if not variant_of.needs <= cpu_flags():
+        pytest.skip(f"this CPU has no {', '.join(sorted(variant_of.needs - cpu_flags()))}")
+    available(variant_of.name)
+    generator = torch.Generator().manual_seed(3)
+    layer = quantise(Linear(torch.randn(96, 208, generator=generator) * torch.rand(96, 1, generator=generator)), form)
+    assert layer.scales is not None
+    rows = torch.randn(101, 208, generator=generator).to(dtype)
+    packer = Packer(variant_of, 2)
+    packed = packer.pack_bytes(layer.weight, layer.scales, dtype, rounded_rows=layer.rounded_rows)
+    kernels = decoder(variant_of, 16, dtype)
+    whole = kernels.multiply(rows, packed, 96)
+    torch.testing.assert_close(whole, apply(layer, rows.float()), atol=2e-4 if form != "w8a8" else 2e-3, rtol=1e-5)
+    for height in (*range(1, 27), 95, 96, 97):  # every tile, both sides of where panels are widened and of a block
+        assert torch.equal(kernels.multiply(rows[:height], packed, 96), whole[:height])
