@@ -6,6 +6,7 @@ Must not: time steps (`engine/measure.py`) or fit (`policy/fit.py`); the engine 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import platform
 import sys
@@ -48,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         if options.repeats < 1:
             raise ConfigError(f"--repeats: expected at least 1, got {options.repeats}")
-        data = profile_of_engine(parse_config(WorkerConfig, rest), options.repeats)
+        with contextlib.redirect_stdout(sys.stderr):  # what the engine logs; standard output is for the profile
+            data = profile_of_engine(parse_config(WorkerConfig, rest), options.repeats)
     text = yaml.safe_dump(data, sort_keys=False, width=120)
     if options.output is None:
         print(text, end="")

@@ -18,7 +18,7 @@ from lanewise.policy.cost import CostModel
 FORGET = 0.995  # per batch: the last few hundred count
 MAX_SCALE = 100.0  # of the first model, up or down: beyond it is a broken clock, not a device
 OUTLIER = 3.0  # a batch further off than this moves the fit as one just that far off
-WARM_BATCHES = 10
+WARM_BATCHES = 10  # until then the first model stands: first batches pay for caches, pages and other starts
 PAUSE_FACTOR = 10.0  # a batch this much slower than predicted counts only if the next one is too: processes get paused
 MIN_BATCH_S = 1e-6
 PRIOR_VARIANCE = 4.0
@@ -29,7 +29,11 @@ GROUPS = 4
 
 
 class CostFit:
-    """The running fit of one worker; `model` is the current estimate."""
+    """The running fit of one worker; `model` is the current estimate, after WARM_BATCHES batches.
+
+    Routers shed by it, so it must rest on more than a few batches: a prediction far too long would keep away the
+    requests that could correct it.
+    """
 
     def __init__(self, first: CostModel) -> None:
         self._first = first
@@ -76,7 +80,8 @@ class CostFit:
                 self._covariance[i][j] = (self._covariance[i][j] - gain_raw[i] * gain_raw[j] / noise) / FORGET
             self._covariance[i][i] = min(self._covariance[i][i], MAX_VARIANCE)
         self._batches += 1
-        self.model = self._scaled()
+        if self._batches >= WARM_BATCHES:
+            self.model = self._scaled()
 
     def _predict(self, tokens: int, attention: float, finishing: int, per_request: float) -> tuple[float, list[float]]:
         """Seconds at the current scales, and their derivative by the logarithm of each scale."""

@@ -12,7 +12,7 @@ import pytest
 from lanewise.cli import main
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
-from tests.e2e.service import generate_all, request, running, service_file
+from tests.e2e.service import generate_all, request, running, service_file, until
 
 pytestmark = pytest.mark.e2e
 
@@ -29,13 +29,14 @@ def test_a_service_with_keys_serves_and_refuses_strangers(tmp_path: Path) -> Non
         message = request("Once upon a time there was a fox " * 10, max_tokens=8, ignore_eos=True, temperature=0.0)
         results = asyncio.run(generate_all(service.grpc, [message] * 4))
         assert [result.reason for result in results] == ["length"] * 4
-        counters = {
-            name: sum(worker.stats.counters[name] for worker in service.snapshot().workers)
-            for name in ("committed", "forged", "bytes_received")
-        }
-        assert counters["committed"] >= 1
-        assert counters["bytes_received"] > 0
-        assert counters["forged"] == 0
+
+        def count(name: str) -> int:
+            return sum(worker.stats.counters[name] for worker in service.snapshot().workers)
+
+        # Statistics are a moment older than the answers.
+        until(lambda: count("committed") >= 1, 5, lambda: "no transfer was committed")
+        assert count("bytes_received") > 0
+        assert count("forged") == 0
         address = service.process_of("decode")["address"]
         with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as refused:
             pb_grpc.WorkerStub(channel).Describe(pb.DescribeRequest(), timeout=3)
