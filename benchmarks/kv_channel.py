@@ -1,10 +1,11 @@
 """How fast the KV channel moves KV, against pyzmq alone: zero-copy send, one copy on arrival, same run, same machine.
 
-    python benchmarks/kv_channel.py [--mib 16 1] [--rounds 7] [--flight 4] [--stripes 1] [--chunk-kib 2048] [--json]
+    python benchmarks/kv_channel.py [--mib 16 1] [--rounds 15] [--flight 8] [--stripes 1] [--chunk-kib 4096] [--json]
 
 Sender and receiver are two processes with the pool of a real worker. A round moves 128 MiB in transfers of the given
-size, so many in flight; rounds of both take turns, so that whatever else the machine does hits both. Transfers of
-64 KiB are reported as latency: from `begin` to Delivered, one at a time.
+size, so many in flight; pyzmq moves as many bytes from and into as much memory, in messages as long as a chunk. Rounds
+of both take turns, so that whatever else the machine does hits both, and the ratio is the median over such pairs.
+Transfers of 64 KiB are reported as latency: from `begin` to Delivered, one at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import multiprocessing as mp
 import queue
 import statistics
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,6 +29,7 @@ from lanewise.policy.blocks import KVLayout
 from lanewise.request import Token
 from lanewise.transfer import (
     Aborted,
+    Busy,
     Delivered,
     Endpoint,
     Limits,
@@ -52,6 +55,16 @@ def num_pages(tokens: int) -> int:
     return -(-tokens // PAGE_TOKENS)
 
 
+def pieces(region: int, total: int, piece: int) -> Iterator[tuple[int, int]]:
+    """(start, end) in a region that is gone through again and again until so many bytes have passed."""
+    done = 0
+    while done < total:
+        start = done % region
+        length = min(piece, region - start, total - done)
+        yield start, start + length
+        done += length
+
+
 def decode_process(pipe: Connection, tokens: int, flight: int, chunk_bytes: int) -> None:
     """The receiving end of both contestants. Each transfer in flight has pages of its own."""
     pool = make_pool(tokens, flight)
@@ -74,7 +87,7 @@ def decode_process(pipe: Connection, tokens: int, flight: int, chunk_bytes: int)
     plain.setsockopt(zmq.RCVHWM, 8)
     port = plain.bind_to_random_port("tcp://127.0.0.1")
     pipe.send((receiver.start(), f"tcp://127.0.0.1:{port}"))
-    target = np.ones(ROUND_BYTES, np.uint8)
+    target = np.ones(flight * LAYOUT.slice_bytes(tokens, LAYOUT.num_layers), np.uint8)
     while (order := pipe.recv()) is not None:
         what, argument = order
         if what == "cpu":
@@ -85,10 +98,9 @@ def decode_process(pipe: Connection, tokens: int, flight: int, chunk_bytes: int)
                 receiver.expect(key, list(range(tokens)), CACHE_KEY)
             pipe.send("expected")
             continue
-        for at in range(0, argument, chunk_bytes):
+        for start, end in pieces(len(target), argument, chunk_bytes):
             name = plain.recv()
-            frame = plain.recv(copy=False)
-            target[at : at + len(frame.buffer)] = np.frombuffer(frame.buffer, np.uint8)
+            target[start:end] = np.frombuffer(plain.recv(copy=False).buffer, np.uint8)
         plain.send_multipart([name, b"done"])
     receiver.close()
     context.destroy(linger=0)
@@ -112,19 +124,21 @@ def channel_round(
             sender.commit(key, Token(*key, 0, 1))
             under_way += 1
         event = events.get(timeout=60)
-        assert type(event).__name__ not in ("Aborted", "Busy"), event
-        under_way -= isinstance(event, Delivered)
+        assert isinstance(event, Delivered), event
+        under_way -= 1
     return time.perf_counter() - start
 
 
-def plain_round(sock: zmq.Socket[bytes], pipe: Connection, source: np.ndarray, chunk_bytes: int) -> float:
-    """The same bytes between the same memories, in pool order, unchecked."""
-    pipe.send(("plain", len(source)))
-    start = time.perf_counter()
-    for at in range(0, len(source), chunk_bytes):
-        sock.send(source[at : at + chunk_bytes].data, copy=False)
+def plain_round(
+    sock: zmq.Socket[bytes], pipe: Connection, source: np.ndarray, num_bytes: int, chunk_bytes: int
+) -> float:
+    """As many bytes between memories of the same size, in pool order, unchecked."""
+    pipe.send(("plain", num_bytes))
+    begun = time.perf_counter()
+    for start, end in pieces(len(source), num_bytes, chunk_bytes):
+        sock.send(source[start:end].data, copy=False)
     sock.recv()
-    return time.perf_counter() - start
+    return time.perf_counter() - begun
 
 
 def cpu_seconds(pipe: Connection) -> float:
@@ -135,18 +149,19 @@ def cpu_seconds(pipe: Connection) -> float:
 
 class Contest:
     def __init__(self, tokens: int, flight: int, stripes: int, chunk: int) -> None:
-        self.tokens, self.flight, self.chunk = tokens, flight, chunk
+        size = LAYOUT.slice_bytes(tokens, LAYOUT.num_layers)
+        self.tokens, self.flight, self.chunk = tokens, flight, min(chunk, size)
         self.pipe, theirs = mp.get_context("spawn").Pipe()
-        self.process = mp.get_context("spawn").Process(target=decode_process, args=(theirs, tokens, flight, chunk))
+        self.process = mp.get_context("spawn").Process(target=decode_process, args=(theirs, tokens, flight, self.chunk))
         self.process.start()
         address, plain_address = self.pipe.recv()
         self.events: queue.Queue[Any] = queue.Queue()
         pool = make_pool(tokens, flight)
         for layer in pool.layers:
             layer.fill_(2)
-        self.source = np.full(ROUND_BYTES, 2, np.uint8)
+        self.source = np.full(flight * size, 2, np.uint8)
         limits = Limits(chunk_bytes=chunk, stripes=stripes)
-        self.sender = Sender(Endpoint("prefill", "f", {}, LAYOUT), pool, self.events.put, limits=limits)
+        self.sender = Sender(Endpoint("prefill", "f", {}, LAYOUT), pool, self.react, limits=limits)
         self.sender.start()
         self.peer = Peer(address, "decode")
         self.sender.connect(self.peer)
@@ -159,13 +174,17 @@ class Contest:
         self.sock.connect(plain_address)
         self.rounds = 0
 
+    def react(self, event: Any) -> None:
+        if isinstance(event, Delivered | Aborted | Busy | LinkReport):
+            self.events.put(event)
+
     def channel(self, count: int) -> float:
         self.rounds += 1
         args = (self.sender, self.events, self.pipe, self.peer, self.tokens, count, self.flight, self.rounds)
         return channel_round(*args)
 
     def plain(self, nbytes: int) -> float:
-        return plain_round(self.sock, self.pipe, self.source[:nbytes], self.chunk)
+        return plain_round(self.sock, self.pipe, self.source, nbytes, self.chunk)
 
     def close(self) -> None:
         self.pipe.send(None)
@@ -179,19 +198,19 @@ def measure(mib: float, args: argparse.Namespace) -> dict[str, Any]:
     tokens = int(mib * 2**20) // LAYOUT.bytes_per_token
     size = tokens * LAYOUT.bytes_per_token
     count = max(args.flight, ROUND_BYTES // size)
-    total = min(ROUND_BYTES, count * size)
+    total = count * size
     contest = Contest(tokens, args.flight, args.stripes, args.chunk_kib * 1024)
     rates: dict[str, list[float]] = {"lanewise": [], "pyzmq": []}
     cpu = {"lanewise": 0.0, "pyzmq": 0.0}
     for n in range(args.rounds + 1):
         before = cpu_seconds(contest.pipe)
-        channel = count * size / contest.channel(count) / 1e9
+        channel = total / contest.channel(count) / 1e9
         between = cpu_seconds(contest.pipe)
         alone = total / contest.plain(total) / 1e9
         if n:  # the first round warms up
             rates["lanewise"].append(channel)
             rates["pyzmq"].append(alone)
-            cpu["lanewise"] += (between - before) / (count * size * args.rounds / 1e9)
+            cpu["lanewise"] += (between - before) / (total * args.rounds / 1e9)
             cpu["pyzmq"] += (cpu_seconds(contest.pipe) - between) / (total * args.rounds / 1e9)
     contest.close()
     median = {name: statistics.median(values) for name, values in rates.items()}
@@ -199,7 +218,7 @@ def measure(mib: float, args: argparse.Namespace) -> dict[str, Any]:
         "mib": mib,
         "gb_per_s": {name: {"median": median[name], "min": min(v), "max": max(v)} for name, v in rates.items()},
         "cpu_s_per_gb": cpu,
-        "ratio": median["lanewise"] / median["pyzmq"],
+        "ratio": statistics.median(ours / theirs for ours, theirs in zip(*rates.values(), strict=True)),
         "link": {"latency_us": contest.link.latency_s * 1e6, "gb_per_s": contest.link.bandwidth_bytes_per_s / 1e9},
     }
 
@@ -215,8 +234,8 @@ def latency_us(args: argparse.Namespace, kib: int = 64) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=float, nargs="+", default=[16, 1], help="KV of one transfer")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--flight", type=int, default=4, help="transfers under way at a time")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--flight", type=int, default=8, help="transfers under way at a time")
     parser.add_argument("--stripes", type=int, default=1)
     parser.add_argument("--chunk-kib", type=int, default=Limits().chunk_bytes // 1024)
     parser.add_argument("--json", action="store_true")

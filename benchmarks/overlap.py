@@ -1,11 +1,11 @@
 """What a transfer costs where it can be seen: the second token, and the throughput of prefill.
 
-    python benchmarks/overlap.py [--shape small wide] [--rounds 5] [--dtype bfloat16] [--json]
+    python benchmarks/overlap.py [--shape small wide] [--rounds 5] [--json]
 
 A prefill and a decode worker are two processes with the real loops, one core each, and no router. Three ways take turns
 with fresh prompts: `local` (the decode worker prefills), `overlapped` (as served), and `after` (nothing is sent before
-the whole prompt is computed). Delay: second token later than with `local`. Then eight prompts at once, with transfers
-and with a sender that sends nothing.
+the whole prompt is computed). Delay: second token later than with `local`, round by round. Then eight prompts at once,
+with transfers and with a sender that sends nothing.
 """
 
 from __future__ import annotations
@@ -38,12 +38,20 @@ class Shape:
     head_dim: int
     inner: int
     vocab: int
+    dtype: str
+    crowd_tokens: int  # of each of eight prompts at once
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * (2 if self.dtype == "bfloat16" else 4)
 
 
 SHAPES = {
-    "small": Shape("118 M, 12 layers, 4 KV heads of 64", 1024, 768, 12, 12, 4, 64, 2688, 32000),
-    "wide": Shape("12 layers, 8 KV heads of 256", 4096, 1024, 12, 8, 8, 256, 4096, 8192),
+    "small": Shape("118 M, 12 layers, 4 KV heads of 64", 1024, 768, 12, 12, 4, 64, 2688, 32000, "bfloat16", 1024),
+    # Little to compute beside its KV, or one core would need a minute for a prompt.
+    "wide": Shape("12 layers, 4 KV heads of 256", 4096, 256, 12, 4, 4, 256, 512, 8192, "float32", 1024),
 }
+CROWD = 8
 
 
 def make_model(directory: Path, shape: Shape) -> None:
@@ -183,7 +191,7 @@ def worker(role: str, core: int, model: str, dtype: str, pool_bytes: int, pipe: 
 
 
 class Pair:
-    def __init__(self, directory: str, shape: Shape, dtype: str) -> None:
+    def __init__(self, directory: str, shape: Shape) -> None:
         context = mp.get_context("spawn")
         cores = sorted(os.sched_getaffinity(0))
         self.shape = shape
@@ -191,8 +199,8 @@ class Pair:
         self.processes = []
         for role, core in (("prefill", cores[0]), ("decode", cores[1 % len(cores)])):
             self.pipes[role], theirs = context.Pipe()
-            token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * (2 if dtype == "bfloat16" else 4)
-            args = (role, core, directory, dtype, 10 * (shape.prompt_tokens + 64) * token_bytes, theirs)
+            held = max(3 * (shape.prompt_tokens + 64), (CROWD + 1) * (shape.crowd_tokens + 64))
+            args = (role, core, directory, shape.dtype, held * shape.token_bytes, theirs)
             process = context.Process(target=worker, args=args, daemon=True)
             process.start()
             self.processes.append(process)
@@ -212,7 +220,7 @@ class Pair:
         message: tuple[Any, ...] = pipe.recv()
         return message
 
-    def ask(self, mode: str, count: int = 1) -> tuple[float, float]:
+    def ask(self, mode: str, count: int, tokens: int) -> tuple[float, float]:
         """Seconds until the last first token and until the last second token of `count` prompts at once."""
         from lanewise.request import Mode, Partner, Sampling, Submission
 
@@ -223,7 +231,7 @@ class Pair:
         for _ in range(count):
             self._number += 1
             name = f"r{self._number}"
-            ids = tuple(self._dice.randrange(1, self.shape.vocab) for _ in range(self.shape.prompt_tokens))
+            ids = tuple(self._dice.randrange(1, self.shape.vocab) for _ in range(tokens))
             names.append(name)
 
             def order(what: Mode, partner: Partner | None, name: str = name, ids: tuple[int, ...] = ids) -> Submission:
@@ -263,36 +271,39 @@ class Pair:
             process.join(10)
 
 
-def measure(name: str, dtype: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, rounds: int) -> dict[str, Any]:
     shape = SHAPES[name]
+    started = time.monotonic()
+    times: dict[str, list[tuple[float, float]]] = {mode: [] for mode in (*MODES, "with", "none")}
     with tempfile.TemporaryDirectory() as directory:
         make_model(Path(directory), shape)
-        pair = Pair(directory, shape, dtype)
-        times: dict[str, list[tuple[float, float]]] = {mode: [] for mode in (*MODES, "with", "none")}
+        pair = Pair(directory, shape)
         for number in range(rounds + 1):
             for mode in MODES:
-                taken = pair.ask(mode)
+                taken = pair.ask(mode, 1, shape.prompt_tokens)
                 if number:  # the first round warms up
                     times[mode].append(taken)
-        for number in range(max(2, rounds // 2) + 1):
+        for _ in range(rounds):
             for label, mode in (("with", "overlapped"), ("none", "none")):
-                taken = pair.ask(mode, 8)
-                if number:
-                    times[label].append(taken)
+                times[label].append(pair.ask(mode, CROWD, shape.crowd_tokens))
         pair.close()
     prefill = statistics.median(first for first, _ in times["local"])
-    second = {mode: statistics.median(last for _, last in times[mode]) for mode in MODES}
-    delays = {mode: second[mode] - second["local"] for mode in ("overlapped", "after")}
-    alone, loaded = (statistics.median(first for first, _ in times[label]) for label in ("none", "with"))
+    delays = {
+        mode: statistics.median(late - early for (_, late), (_, early) in zip(times[mode], times["local"], strict=True))
+        for mode in ("overlapped", "after")
+    }
+    crowds = zip(times["with"], times["none"], strict=True)
     return {
-        "shape": f"{shape.what}, {dtype}: {pair.bytes_per_token // 1024} KiB per token, {shape.prompt_tokens} tokens",
+        "shape": f"{shape.what}, {shape.dtype}: {pair.bytes_per_token // 1024} KiB per token",
+        "tokens": shape.prompt_tokens,
+        "crowd_tokens": shape.crowd_tokens,
         "prefill_s": prefill,
-        "second_token_s": second,
         "delay_s": delays,
         "delay_of_prefill": {mode: delay / prefill for mode, delay in delays.items()},
         "overlapped_of_after": delays["overlapped"] / delays["after"],
-        "throughput_with_8_transfers": alone / loaded,
+        "throughput_with_8_transfers": statistics.median(alone / loaded for (loaded, _), (alone, _) in crowds),
         "rounds": rounds,
+        "taken_s": time.monotonic() - started,
     }
 
 
@@ -300,20 +311,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    results = [measure(name, args.dtype, args.rounds) for name in args.shape]
+    results = [measure(name, args.rounds) for name in args.shape]
     if args.json:
         print(json.dumps(results))
         return
     for row in results:
-        print(row["shape"])
+        print(f"{row['shape']}, {row['tokens']} tokens; {row['rounds']} rounds in {row['taken_s']:.0f} s")
         print(f"  prefill {row['prefill_s'] * 1000:.0f} ms; second token later than with local prefill:")
         for mode, delay in row["delay_s"].items():
             print(f"    {mode:<11}{delay * 1000:8.1f} ms  {100 * row['delay_of_prefill'][mode]:6.1f} % of prefill")
         print(f"  overlapped / after: {100 * row['overlapped_of_after']:.0f} %")
-        print(f"  prefill throughput with 8 transfers: {100 * row['throughput_with_8_transfers']:.1f} % of none")
+        share = 100 * row["throughput_with_8_transfers"]
+        print(f"  prefill throughput with {CROWD} transfers of {row['crowd_tokens']} tokens: {share:.1f} % of none")
 
 
 if __name__ == "__main__":

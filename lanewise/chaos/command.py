@@ -17,14 +17,17 @@ from typing import Any
 
 from rich.console import Console
 
-from lanewise.chaos.inject import Arms, Injector
+from lanewise.chaos.inject import Arms, Hit, Injector
 from lanewise.chaos.plan import KINDS
-from lanewise.chaos.report import passed, summarise, tables
+from lanewise.chaos.report import passed, slowest, summarise, tables
 from lanewise.chaos.service import running
-from lanewise.chaos.traffic import Traffic, prompts, undisturbed
+from lanewise.chaos.traffic import Traffic, Trip, prompts, undisturbed
 from lanewise.cli import CommandFailed, command_parser
 from lanewise.client import AsyncClient
 from lanewise.errors import ConfigError, LanewiseError
+
+SLOWEST = 5
+"""Requests whose way through the router is told in the report."""
 
 
 def chaos(argv: Sequence[str]) -> int:
@@ -103,10 +106,21 @@ async def _campaign(options: argparse.Namespace, kinds: tuple[str, ...], directo
             async with asyncio.TaskGroup() as group:
                 group.create_task(injector.run())
                 group.create_task(traffic.run(options.requests, options.concurrency, lambda: injector.done))
+            stories = [await _story(client, *each) for each in slowest(injector.hits, traffic.trips, SLOWEST)]
         finally:
             await client.close()
         leaked = await service.leaked_blocks()
-    return summarise(traffic.trips, injector.hits, leaked, injector.unreachable, options.seed)
+    return summarise(traffic.trips, injector.hits, leaked, injector.unreachable, options.seed, stories)
+
+
+async def _story(client: AsyncClient, hit: Hit, trip: Trip, seconds: float) -> dict[str, Any]:
+    """What the router did with a request that was slow to go on."""
+    try:
+        told = await client.explain(trip.request_id)
+        steps = [f"{step.at_ms:.0f} ms, epoch {step.epoch}: {step.what} {step.detail}" for step in told]
+    except LanewiseError as error:  # it remembers the latest requests only
+        steps = [error.message]
+    return {"fault": hit.fault.spec, "process": hit.fault.process, "recovery_s": round(seconds, 2), "steps": steps}
 
 
 def _show(report: dict[str, Any]) -> None:

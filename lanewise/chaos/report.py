@@ -27,11 +27,26 @@ _FINE = ("ok", "cancelled")
 
 
 def recovery_s(hit: Hit, trips: Sequence[Trip]) -> float:
+    return max((seconds for seconds, _ in recoveries(hit, trips)), default=0.0)
+
+
+def recoveries(hit: Hit, trips: Sequence[Trip]) -> list[tuple[float, Trip]]:
+    """Of each request that counts as affected: seconds to its next token."""
     under_way = [t for t in trips if t.started <= hit.at < t.ended and t.outcome != "cancelled"]
     if hit.request:
         under_way = [trip for trip in under_way if trip.request_id == hit.request]
     first = 1 if hit.request else 0
-    return max((max(0.0, t.next_after(hit.at + IN_FLIGHT_S, first) - hit.resumed_at) for t in under_way), default=0.0)
+    return [(max(0.0, trip.next_after(hit.at + IN_FLIGHT_S, first) - hit.resumed_at), trip) for trip in under_way]
+
+
+def slowest(hits: Sequence[Hit], trips: Sequence[Trip], count: int) -> list[tuple[Hit, Trip, float]]:
+    """The requests that took longest to go on, each with the first fault that it was late for."""
+    found: dict[int, tuple[Hit, Trip, float]] = {}
+    for hit in sorted(hits, key=lambda hit: hit.at):
+        for seconds, trip in recoveries(hit, trips):
+            if trip.number not in found or seconds > found[trip.number][2]:
+                found[trip.number] = (hit, trip, seconds)
+    return sorted(found.values(), key=lambda each: -each[2])[:count]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -41,7 +56,12 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def summarise(
-    trips: Sequence[Trip], hits: Sequence[Hit], leaked_blocks: int, unreachable: Sequence[str], seed: int
+    trips: Sequence[Trip],
+    hits: Sequence[Hit],
+    leaked_blocks: int,
+    unreachable: Sequence[str],
+    seed: int,
+    stories: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     outcomes = Counter(trip.outcome for trip in trips)
     times = [recovery_s(hit, trips) for hit in hits]
@@ -64,6 +84,7 @@ def summarise(
         "hits": {state: dict(counts) for state, counts in sorted(states.items())},
         "abandoned": dict(Counter(unreachable)),
         "problems": [asdict(trip) for trip in trips if trip.outcome not in _FINE],
+        "slowest": list(stories),
         "lines": [
             {
                 **asdict(hit.fault),

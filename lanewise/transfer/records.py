@@ -112,12 +112,12 @@ class Timers:
     forget_link_s: float = 120.0
     """A link that nobody asked for again and that failed for this long is closed."""
     grant_wait_s: float = 5.0
-    begin_resend_s: float = 2.0
+    begin_resend_s: float = 0.5
     hold_begin_s: float = 5.0
     ack_resend_s: float = 2.0
     ack_abort_s: float = 5.0
-    commit_ack_s: float = 2.0
-    commit_tries: int = 3
+    commit_ack_s: float = 0.5
+    commit_tries: int = 12
     abort_ack_s: float = 2.0
     abort_tries: int = 3
     lease_s: float = 30.0
