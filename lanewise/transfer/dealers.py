@@ -18,6 +18,7 @@ from lanewise.transfer.records import Limits
 from lanewise.transfer.zmq_link import common_options
 
 Options = dict[int, bytes]
+_POLLOUT = int(zmq.POLLOUT)  # a number: an enum costs more to combine than the question to the socket
 
 
 @dataclass(slots=True)
@@ -27,6 +28,7 @@ class Connection:
     data: list[zmq.Socket[bytes]]
     data_at: tuple[int, bytes] = (0, b"")  # port and token, where data has connections of another kind than control
     outbox: deque[Frames] = field(default_factory=deque)
+    control_stuck: bool = False  # the poller waits until the control socket takes more
     probes: dict[int, Frames] = field(default_factory=dict)  # per stripe, until its socket takes it
 
 
@@ -84,4 +86,4 @@ def make_dealer(
 
 
 def writable(sock: zmq.Socket[bytes]) -> bool:
-    return bool(int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLOUT)
+    return bool(int(sock.getsockopt(zmq.EVENTS)) & _POLLOUT)

@@ -40,6 +40,7 @@ _BYTES_PER_TURN = 4 << 20  # then ACKs go out, and commands and timers have thei
 _MESSAGES_PER_TURN = 64
 _RETRY_S = 0.01
 _MAX_NAMES = 4096
+_DATA = (m.Chunk, m.Probe)
 _EMPTY = memoryview(b"")
 
 
@@ -192,7 +193,7 @@ class ReceiverThread(SocketThread):
 
         `beside`: by the socket for data that is not encrypted. Its connections have no names; the MAC tells the author.
         """
-        data = isinstance(message, m.Chunk | m.Probe)
+        data = isinstance(message, _DATA)
         if beside or self._security.macs:
             if data is not beside:
                 raise m.MalformedMessage("a connection of another kind")

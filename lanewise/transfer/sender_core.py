@@ -17,6 +17,7 @@ from lanewise.transfer.records import Aborted, Binding, Counters, Endpoint, Key,
 from lanewise.transfer.send_window import Job
 from lanewise.transfer.sender_state import SenderTransfer
 
+_KNOWN_ENDS = (m.Nack, m.Abort)  # the receiver need not be told of an end that it has told
 _FAIR_EVERY = 4
 """The transfer with the least left goes first, but every n-th chunk is the oldest transfer's, so none starves."""
 
@@ -150,7 +151,6 @@ class SenderCore:
         return actions
 
     def _for_transfer(self, link_id: LinkId, link: LinkMachine, message: m.TransferMessage, now: float) -> list[Action]:
-        assert isinstance(message, m.AnyMessage)
         actions: list[Action] = []
         if isinstance(message, m.AbortAck):
             self._farewells.heard(link_id, message.key)
@@ -163,7 +163,7 @@ class SenderCore:
                 actions.append(self._send(link_id, m.Abort(*self._names(link_id), *message.key, "ended")))
             return actions
         actions += self._finish(
-            transfer, transfer.receive(message, now), now, tell=not isinstance(message, m.Nack | m.Abort)
+            transfer, transfer.receive(message, now), now, tell=not isinstance(message, _KNOWN_ENDS)
         )
         if isinstance(message, m.Nack) and message.hello_first:
             actions += self._around(link_id, link, link.again(now), now)

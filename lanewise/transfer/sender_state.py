@@ -97,7 +97,7 @@ class SenderTransfer:
 
     # --- messages
 
-    def receive(self, message: m.AnyMessage, now: float) -> list[Action]:
+    def receive(self, message: m.TransferMessage, now: float) -> list[Action]:
         self.renew(now)
         match message:
             case m.Grant():

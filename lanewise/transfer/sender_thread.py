@@ -132,8 +132,7 @@ class SenderThread(SocketThread):
             self._send(Send(address, join), now)
         for connection in list(self._connections.values()):
             self._flush(connection)
-            self._pump(connection, now)
-            self._watch(connection)
+            self._watch(connection, blocked=self._pump(connection, now))
 
     # --- actions
 
@@ -190,14 +189,16 @@ class SenderThread(SocketThread):
 
     # --- data
 
-    def _pump(self, connection: Connection, now: float) -> None:
+    def _pump(self, connection: Connection, now: float) -> bool:
+        """Sends chunks while there are any and something takes them; whether a data socket is waited for."""
         groups, address = self._ways.groups, connection.address
         if groups and groups.joined(address):
             self._pump_by(lambda: groups.port.writable, partial(self._ways.by_group, address), address, now)
-            return
+            return False
         for sock in connection.data:
             if not self._pump_by(partial(writable, sock), partial(self._ways.by_socket, sock), address, now):
-                return
+                return False
+        return True
 
     def _pump_by(self, ready: Callable[[], bool], way: Way, address: str, now: float) -> bool:
         """Chunks for an address, one way, until that is full; False: there are no more chunks."""
@@ -269,16 +270,16 @@ class SenderThread(SocketThread):
             self._by_socket.pop(sock, None)
             sock.close(linger=0)
 
-    def _watch(self, connection: Connection) -> None:
+    def _watch(self, connection: Connection, *, blocked: bool) -> None:
         """Asks the poller for exactly what is waited for; POLLOUT without need would spin."""
-        self.poller.modify(connection.control, zmq.POLLIN | (zmq.POLLOUT if connection.outbox else 0))
-        grouped = self._ways.groups is not None and self._ways.groups.joined(connection.address)
-        wants = not grouped and self.core.wants(connection.address)
+        if bool(connection.outbox) is not connection.control_stuck:
+            connection.control_stuck = bool(connection.outbox)
+            self.poller.modify(connection.control, zmq.POLLIN | (zmq.POLLOUT if connection.outbox else 0))
         for stripe, sock in enumerate(connection.data):
-            blocked = (wants or stripe in connection.probes) and not writable(sock)
-            if blocked and sock not in self.poller:
+            waits = (blocked or stripe in connection.probes) and not writable(sock)
+            if waits and sock not in self.poller:
                 self.poller.register(sock, zmq.POLLOUT)
-            elif not blocked and sock in self.poller:
+            elif not waits and sock in self.poller:
                 self.poller.unregister(sock)
 
     def _disconnect(self, address: str) -> None:
