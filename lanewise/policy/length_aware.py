@@ -14,20 +14,16 @@ from math import inf, sqrt
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
 from lanewise.policy.cost import CostModel
 from lanewise.policy.feasible import Due, keep_most, shortest_safe_first
-from lanewise.policy.window import FEW_SURPRISES, ArrivalRate, Surprises, hold_until
+from lanewise.policy.sizing import QUANTUM, Sizes, Waiting
+from lanewise.policy.window import ArrivalRate, Surprises, hold_until
 
 DEFAULT_TARGET_S = 0.4
-QUANTUM = 0.12  # of the TTFT target one batch may last: a newcomer loses at most this much to the batch before it
-BUSY_QUANTUM = 0.195  # the same once late work has piled up: larger batches waste less, and those who wait profit
-ECHO_QUANTUM = 0.3  # the same when requests come only in answer to batches (closed loops): nobody to be blocked,
-ECHO_ALL = 8  # ... and with no more requests than this everything goes into one batch
-PILE = 10.0  # targets' worth of late work at which the quantum has grown to BUSY_QUANTUM
-MIN_KNEES = 1.5  # a batch is never planned smaller than this many knees: below, weight reads eat the time saved
-CAUTION = 2.0  # a request is overtaken only while its slack is this many times the work that overtakes it
-SENIORITY = 10.0  # a late request ranks as if it had come this many times its own work later ...
+CAUTION = 1.5  # a request is overtaken only while its slack is this many times the work that overtakes it
+SENIORITY = 4.0  # a late request ranks as if it had come this many times its own work later ...
 SENIORITY_CAP = 25.0  # ... but at most this many targets: ageing
-STALL = 10.0  # targets without service after which the first of the late gets a share of every batch
-STALL_SHARE = 0.25
+OLD_TARGETS = 7.0  # a late request is old after this many targets ...
+OLD_PILES = 4.0  # ... and this many times the late work that waits: an old one among little work is due a share,
+OLD_SHARE = 0.3  # of every batch; old ones among much work are served in turn anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +41,11 @@ class LengthAware(BatchPolicy):
         self._late: dict[Hashable, tuple[float, int]] = {}  # key -> its entry in the queue below
         self._late_queue: list[tuple[float, int, _Late]] = []
         self._late_seconds = 0.0
-        self._late_served_s: float | None = None  # last time a batch held late work; None: no late work waits
         self._count = 0
         self._rate = ArrivalRate()
         self._surprises = Surprises()
         self._target_s = DEFAULT_TARGET_S
-        self._sized_for: tuple[CostModel, float, int] | None = None
-        self._sizes()
+        self._sizes = Sizes(cost, self._target_s, max_batch_tokens)
 
     # -- the queue
 
@@ -101,82 +95,58 @@ class LengthAware(BatchPolicy):
     def _seconds(self, job: Job) -> float:
         """Time the job takes on this worker when batches are full."""
         new, cost = job.remaining_tokens, self.cost
-        return new * self._full_rate + cost.attention(new, job.context_tokens) + cost.request_s
-
-    def _sizes(self) -> None:
-        """Batch sizes in tokens from the quanta in seconds; anew when the cost model or the targets changed."""
-        basis = self._sized_for
-        if (
-            basis is not None
-            and basis[0] is self.cost
-            and basis[2] == self.max_batch_tokens
-            and abs(basis[1] / self._target_s - 1) < 0.05
-        ):
-            return
-        self._sized_for = (self.cost, self._target_s, self.max_batch_tokens)
-        least = MIN_KNEES * self.cost.knee_tokens
-        self._small = self._tokens_in(QUANTUM * self._target_s, least)
-        self._large = max(self._tokens_in(BUSY_QUANTUM * self._target_s, least), self._small)
-        self._echo = max(self._tokens_in(ECHO_QUANTUM * self._target_s, least), self._large)
-        self._full_rate = self.cost.batch(self._large, 0.0, 0, 1) / self._large
-        self._least_batch_s = self.cost.batch(1, 0.0, 1, 1)
-
-    def _tokens_in(self, seconds: float, least: float) -> int:
-        return max(min(int(max(self.cost.tokens_in(seconds), least)), self.max_batch_tokens), 1)
+        return new * self._sizes.token_s + cost.attention(new, job.context_tokens) + cost.request_s
 
     # -- the decision
 
     def next_batch(self, now: float) -> BatchPlan:
         if not self.jobs:
             return BatchPlan()
-        self._sizes()
+        if not self._sizes.still_fit(self.cost, self._target_s, self.max_batch_tokens):
+            self._sizes = Sizes(self.cost, self._target_s, self.max_batch_tokens)
         self._give_up_late(now)
-        kept, given_up = keep_most(list(self._hopeful.values()), now + self._least_batch_s)
-        kept = shortest_safe_first(kept, now + self._least_batch_s, CAUTION, self._large * self._full_rate)
-        budget = self._budget()
+        sizes, start = self._sizes, now + self._sizes.least_batch_s
+        kept, given_up = keep_most(list(self._hopeful.values()), start)
+        budget = sizes.budget(self._waiting(kept, now), now)
         batch = _Batch(self.cost, budget, now)
-        stalled = self._stalled(now)
-        if stalled is not None:
-            batch.take(stalled, max(int(budget * STALL_SHARE), 1))
-        on_time = [self.jobs[due.key] for due in kept]
+        old = self._old(now)
+        if old is not None:
+            batch.take(old, max(int(budget * OLD_SHARE), 1))
+        on_time = [self.jobs[due.key] for due in shortest_safe_first(kept, start, CAUTION, sizes.large * sizes.token_s)]
         for job in on_time:
             batch.add_on_time(job)
         for due in given_up:
             batch.add(self.jobs[due.key])
-        served = False  # beyond the share of the stalled: that goes on until the late are served without it
         for _, _, late in self._late_queue:
             if batch.full or not batch.add(late.job):
                 break
-            served = served or late.job is not stalled
         held = None if self._late or given_up else self._hold(on_time, batch, now)
         if held is not None:
             return BatchPlan(wait_until_s=held)
-        if not self._late:
-            self._late_served_s = None
-        elif self._late_served_s is None or served:
-            self._late_served_s = now
         self._surprises.border(now)
         return BatchPlan(tuple(batch.chunks))
 
-    def _budget(self) -> int:
-        """New tokens of the next batch: more as late work piles up, most where no arrival can be blocked."""
-        if self._surprises.share < FEW_SURPRISES:
-            return self._echo if len(self.jobs) > ECHO_ALL else self.max_batch_tokens
-        pile = min(self._late_seconds / (PILE * self._target_s), 1.0)
-        return self._small + int((self._large - self._small) * pile)
+    def _waiting(self, kept: list[Due], now: float) -> Waiting:
+        return Waiting(kept, self._late_seconds, len(self.jobs), self._rate.at(now), self._surprises.share)
 
     def _give_up_late(self, now: float) -> None:
         """Who could not be on time even alone is late from now on."""
         for due in list(self._hopeful.values()):
-            if now + self._least_batch_s * 0.1 + due.seconds > due.deadline_s:
+            if now + self._sizes.least_batch_s * 0.1 + due.seconds > due.deadline_s:
                 del self._hopeful[due.key]
                 self._become_late(self.jobs[due.key])
 
-    def _stalled(self, now: float) -> Job | None:
-        """The first of the late, when urgent work has kept all of them from being served for too long."""
-        if not self._late_queue or self._late_served_s is None:
+    def _old(self, now: float) -> Job | None:
+        """The late request that came first, when it has waited out of proportion to the late work there is.
+
+        Where much is late, everyone waits about as long as that work takes, and nobody is served sooner by taking time
+        from those who can be on time. A small pile that is not served, though, is worth clearing, and nothing starves.
+        """
+        if not self._late:
             return None
-        return self._late_queue[0][2].job if now - self._late_served_s > STALL * self._target_s else None
+        first = min((self.jobs[key] for key in self._late), key=lambda job: job.arrival_s)
+        limit = OLD_TARGETS * self._target_s + OLD_PILES * self._late_seconds
+        return first if now - first.arrival_s > limit else None
 
     def _hold(self, on_time: list[Job], batch: _Batch, now: float) -> float | None:
         """Waiting pays only for a batch that is thin, alone, and made of requests that are not begun."""

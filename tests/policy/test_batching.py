@@ -201,6 +201,8 @@ def test_quantum_follows_target_and_model() -> None:
         policy = make_batch_policy("lanewise", max_batch_tokens=8192, cost=cost)
         for key in range(60):
             policy.add(Job(key, key * 0.01, 500, 0, key * 0.01 + target))
+            if key < 57:
+                policy.progress(key, 500)
         return policy.next_batch(0.6).tokens
 
     assert planned(0.8, 1.0) > 1.5 * planned(0.4, 1.0)
@@ -219,3 +221,47 @@ def test_a_job_that_is_added_again_is_no_new_arrival(trace: list[tuple[float, in
 
     once, twice = (kind(max_batch_tokens=512, cost=COST) for kind in (LengthAware, Twice))
     assert _drive(once, _jobs(trace)).plans == _drive(twice, _jobs(trace)).plans
+
+
+def _steady(waiting: int) -> int:
+    """Tokens of the batch that `waiting` short requests and a long one find, when less than two are usual."""
+    policy = _make("lanewise", 8192)
+    for key in range(300):
+        policy.add(Job(key, key * 0.01, 20, 0, key * 0.01 + TARGET_S))
+        policy.progress(key, 20)
+    policy.add(Job("long", 2.99, 2000, 0, 2.99 + TARGET_S))
+    for key in range(waiting):
+        policy.add(Job(("short", key), 3.0, 20, 0, 3.0 + TARGET_S))
+    return policy.next_batch(3.0).tokens
+
+
+def test_a_batch_is_shorter_the_more_requests_wait_for_it() -> None:
+    """All wait for its end. But it never gets too short for those who would have fitted."""
+    assert _steady(0) > _steady(2) > _steady(5)
+    assert _steady(12) >= 12 * 20
+
+
+def test_a_batch_grows_for_a_request_with_no_slack_left() -> None:
+    """However little slack is left to 2,000 tokens of work, as long as they can be on time."""
+
+    def planned(deadline: float) -> int:
+        policy = _make("lanewise", 8192)
+        policy.add(Job("long", 1.0 - TARGET_S / 2, 2000, 0, deadline))
+        return policy.next_batch(1.0).tokens
+
+    ample = planned(1.0 + 2 * COST.alone(2000))
+    assert max(planned(1.0 + COST.alone(2000) + 0.002 * i) for i in range(30)) > 1.2 * ample
+
+
+def test_an_old_late_request_among_little_late_work_gets_a_share_and_among_much_its_turn() -> None:
+    def share(others: int) -> int:
+        policy = _make("lanewise")
+        policy.add(Job("old", 0.0, 3900, 0, TARGET_S))
+        for key in range(others):
+            policy.add(Job(key, 1.0, 4000, 0, 1.0 + TARGET_S))
+        for key in range(4):
+            policy.add(Job(("urgent", key), 9.0, 600, 0, 9.0 + TARGET_S))
+        return dict(policy.next_batch(9.0).chunks).get("old", 0)
+
+    assert share(0) > 0, "8 s are more than 7 targets and 4 times its own half second"
+    assert share(20) == 0, "8 s are little where 10 s of work wait"
