@@ -27,6 +27,7 @@ import zmq
 from lanewise.engine.kv_pool import KVPool
 from lanewise.policy.blocks import KVLayout
 from lanewise.request import Token
+from lanewise.rpc.process import settle_collector
 from lanewise.transfer import (
     Aborted,
     Busy,
@@ -81,6 +82,7 @@ def decode_process(pipe: Connection, tokens: int, flight: int, chunk_bytes: int)
 
     for layer in pool.layers:
         layer.fill_(1)  # memory that is there: neither contestant pays for faulting it in
+    settle_collector()
     receiver = Receiver(Endpoint("decode", "f", {}, LAYOUT), pool, react)
     context = zmq.Context()
     plain = context.socket(zmq.ROUTER)
@@ -168,6 +170,7 @@ class Contest:
         report = self.events.get(timeout=30)
         assert isinstance(report, LinkReport)
         self.link = report.link
+        settle_collector()  # as workers do
         self.context = zmq.Context()
         self.sock = self.context.socket(zmq.DEALER)
         self.sock.setsockopt(zmq.SNDHWM, 8)

@@ -49,7 +49,7 @@ class Shape:
 SHAPES = {
     "small": Shape("118 M, 12 layers, 4 KV heads of 64", 1024, 768, 12, 12, 4, 64, 2688, 32000, "bfloat16", 1024),
     # Little to compute beside its KV, or one core would need a minute for a prompt.
-    "wide": Shape("12 layers, 4 KV heads of 256", 4096, 256, 12, 4, 4, 256, 512, 8192, "float32", 1024),
+    "wide": Shape("12 layers, 4 KV heads of 256", 4096, 256, 12, 4, 4, 256, 512, 8192, "float32", 2048),
 }
 CROWD = 8
 
@@ -151,6 +151,7 @@ def worker(role: str, core: int, model: str, dtype: str, pool_bytes: int, pipe: 
     from lanewise.engine.runner import Engine
     from lanewise.policy.batching import make_batch_policy
     from lanewise.policy.cost import CostModel
+    from lanewise.rpc.process import settle_collector
     from lanewise.transfer import Endpoint, Faults, Receiver, Sender
 
     config = WorkerConfig(model=model, dtype=dtype, cores=(core,), threads=1, kv_cache_bytes=pool_bytes)
@@ -177,6 +178,7 @@ def worker(role: str, core: int, model: str, dtype: str, pool_bytes: int, pipe: 
         address = receiver.start()
         loop = DecodeLoop(engine, policy, receiver, outbox, Faults(), max_running=16, ttft_target_s=60.0)
         pipe.send(("up", address, layout.bytes_per_token))
+    settle_collector()
     loop.start()
     while (order := pipe.recv()) is not None:
         what, argument = order

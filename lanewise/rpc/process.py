@@ -6,6 +6,7 @@ Owns: start-up order after the model is loaded, and shutdown order. Must not: kn
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ from lanewise.rpc.tokenizer_files import read_tokenizer_files
 SERVICE = "lanewise.v1.Worker"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 EXIT_USAGE = 2
+GC_OBJECTS = 20_000
 FLUSH_S = 1.0  # after the last request: for its last bytes to leave
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -122,6 +124,14 @@ def memory_in_use(engine: EngineFacts) -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def settle_collector() -> None:
+    """What start-up made (torch alone: some hundred thousand objects) lives as long as the process: no collection looks
+    at it again; and requests make few cycles, so they are looked for rarely."""
+    gc.collect()
+    gc.set_threshold(GC_OBJECTS, 20, 100)
+    gc.freeze()
+
+
 async def serve_worker(config: WorkerConfig, facts: WorkerFacts, build: Callable[[Outbox], Running]) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends the drain."""
     loop = asyncio.get_running_loop()
@@ -151,6 +161,7 @@ async def serve_worker(config: WorkerConfig, facts: WorkerFacts, build: Callable
     await server.start()
     for name in ("", SERVICE):
         await checks.set(name, SERVING)
+    settle_collector()
     stop = _signals(loop, drain)
     _ready_line(identity, facts)
     repeater = asyncio.create_task(service.repeat_stats())

@@ -141,8 +141,8 @@ class Timers:
 class Limits:
     """Sizes. Credit bounds the bytes on their way to one receiver, whatever the number of senders."""
 
-    chunk_bytes: int = 2 * MIB
-    """Python costs the same per chunk, whatever its size; above 2 MiB chunks no longer stay in a core's cache."""
+    chunk_bytes: int = 4 * MIB
+    """Python costs the same per chunk, whatever its size."""
     max_chunk_bytes: int = 4 * MIB
     """Largest chunk a receiver takes; a sender uses the smaller of its own and the partner's."""
     stripes: int = 1
