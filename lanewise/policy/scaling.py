@@ -15,6 +15,7 @@ from math import ceil, exp
 from lanewise.policy.scaling_allocate import Bounds, allocate
 from lanewise.policy.scaling_forecast import learn
 from lanewise.policy.scaling_need import LEARN_FROM, MEMORY_S, Need, need
+from lanewise.policy.scaling_steady import stabilised, with_margin
 from lanewise.policy.scaling_types import Ceiling, Counts, Decision, Observation, RoleView, Rules, State
 
 HISTORY_S = 1935.0  # of bins: the longest window of the forecast
@@ -37,11 +38,11 @@ def decide(rules: Rules, state: State, seen: Observation) -> Decision:
     state = _learn(rules, state, seen, wanted)
     if _sleeps(rules, state, seen):
         return _asleep(rules, state, seen)
-    wish = _with_margin(here, wanted)
+    wish = with_margin(here, wanted)
     if sum(bin.seconds for bin in state.bins) < LEAST_HISTORY_S and here.prefill + here.decode > 0:
         wish = replace(wish, prefill=here.prefill, decode=here.decode)  # too little was seen to judge by
     state = replace(state, wishes=(*state.wishes, wish))
-    steady = _stabilised(rules, state, seen, wish)
+    steady = stabilised(rules, state, seen, wish)
     return _bounded(rules, state, seen, wanted, steady)
 
 
@@ -70,15 +71,26 @@ def _remember(rules: Rules, state: State, seen: Observation) -> State:
 
 
 def _learn(rules: Rules, state: State, seen: Observation, wanted: Need) -> State:
-    """What was late beside what the formula expected, where it expected anything to speak of."""
-    if wanted.late_share < LEARN_FROM * rules.late_share:
-        return state
+    """What was late beside what the formulas expected, where they expected anything to speak of."""
     fade = exp(-seen.demand.seconds / MEMORY_S)
-    return replace(
-        state,
-        late_seen=state.late_seen * fade + seen.demand.ttft_late,
-        late_expected=state.late_expected * fade + wanted.late_share * seen.demand.attainable,
-    )
+    if wanted.late_share >= LEARN_FROM * rules.late_share:
+        state = replace(
+            state,
+            late_seen=state.late_seen * fade + seen.demand.ttft_late,
+            late_expected=state.late_expected * fade + wanted.late_share * seen.demand.attainable,
+        )
+    late, finished = seen.demand.tpot_late, seen.demand.finished
+    if wanted.slow_share < LEARN_FROM * rules.late_share:
+        state = replace(
+            state, calm_late=state.calm_late * fade + late, calm_finished=state.calm_finished * fade + finished
+        )
+    else:  # what is late in calm moments too, no worker more would bring in time
+        state = replace(
+            state,
+            slow_seen=state.slow_seen * fade + late - finished * state.calm_late / max(state.calm_finished, 1.0),
+            slow_expected=state.slow_expected * fade + wanted.slow_share * finished,
+        )
+    return state
 
 
 def _note_blocked(rules: Rules, state: State, seen: Observation) -> State:
@@ -120,30 +132,6 @@ def _asleep(rules: Rules, state: State, seen: Observation) -> Decision:
     done = "stays at zero" if (here.prefill, here.decode) == (0, 0) else "both roles to zero"
     state = replace(state, wishes=(), made=(*state.made[:-1], nothing))
     return Decision(0, 0, f"{words}; {_now(here)}: {done}", state, wanted=nothing)
-
-
-def _with_margin(here: Counts, wanted: Need) -> Counts:
-    """Up as soon as it is needed; down only to what would be needed with a margin on the load."""
-    prefill = wanted.prefill if wanted.prefill > here.prefill else min(here.prefill, wanted.prefill_keep)
-    decode = wanted.decode if wanted.decode > here.decode else min(here.decode, wanted.decode_keep)
-    return Counts(here.at_s, prefill, decode)
-
-
-def _stabilised(rules: Rules, state: State, seen: Observation, wish: Counts) -> Counts:
-    """Up: the least wish of its window. Down: the most of its window, and nothing before that window has been seen."""
-    now, counts = seen.at_s, []
-    young = now - (state.since_s if state.since_s is not None else now) < rules.down_stabilization_s
-    for role, here, wanted in (
-        ("prefill", seen.prefill.desired, wish.prefill),
-        ("decode", seen.decode.desired, wish.decode),
-    ):
-        if wanted > here:
-            window = [getattr(w, role) for w in state.wishes if w.at_s >= now - rules.up_stabilization_s]
-            counts.append(max(min(window), here))
-        else:
-            window = [getattr(w, role) for w in state.wishes if w.at_s >= now - rules.down_stabilization_s]
-            counts.append(here if young else min(max(window), here))
-    return Counts(now, *counts)
 
 
 def _bounded(rules: Rules, state: State, seen: Observation, wanted: Need, steady: Counts) -> Decision:

@@ -3,24 +3,24 @@
 Owns: which window of the past speaks for the present, and how far ahead it is carried on.
 Must not: know workers; a rate is any amount per second.
 
-Level: the longest window that no shorter one contradicts. A steady load is averaged over half an hour and a step is
-seen in half a minute, with no smoothing constant to choose. Trend: the slope across that window where it is
-significant. Season: what the same time of day brought on earlier days.
+Level and trend: a line through the longest window that no shorter one contradicts. A load that is steady, or changes
+steadily, is averaged over half an hour and a step is seen in half a minute, with no smoothing constant to choose.
+Season: what the same time of day brought on earlier days.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import hypot, sqrt
 
 from lanewise.policy.scaling_types import Season
 
 WINDOWS_S = (30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0)
-CONTRADICTION = 3.5  # standard errors at which a shorter window overrules a longer one
-SIGNIFICANT = 3.5  # standard errors from which a slope counts: it is asked thousands of times a day
-MOST_GROWTH = 0.25  # of the level, up or down, that a trend may add
-MOST_SEASON = 0.5  # of the level, up or down, that the season may add
+CONTRADICTION = 4.5  # standard errors at which a shorter window overrules a longer one
+DOUBT = 2.5  # standard errors of a slope that chance may have made
+MOST_GROWTH = 0.25  # of the present rate, up or down, that a trend may add until the horizon
+MOST_SEASON = 0.5  # the same of the season
 
 DAY_S = 86_400.0
 SEASON_BINS = 96
@@ -40,9 +40,9 @@ class Sample:
 class Forecast:
     value: float  # a second, at the horizon
     level: float  # a second, in the middle of the window
-    error: float  # standard error of the level
+    error: float  # standard error of the level, and of what the trend adds to it
     window_s: float
-    trend: float = 0.0  # share of the level that trend and season add
+    trend: float = 0.0  # what trend and season add, as a share of the level
 
 
 def forecast(samples: Sequence[Sample], horizon_s: float, season_growth: float = 0.0) -> Forecast:
@@ -53,12 +53,15 @@ def forecast(samples: Sequence[Sample], horizon_s: float, season_growth: float =
     chosen = _choose(totals)
     seconds, amount, variance = totals[chosen]
     level, error = amount / seconds, sqrt(variance) / seconds
-    growth = 0.0
-    if level > 0:
-        slope = _slope(samples, seconds, variance)
-        growth = min(max(slope * (seconds / 2 + horizon_s) / level, -MOST_GROWTH), MOST_GROWTH)
-        growth = max(growth, min(max(season_growth, -MOST_SEASON), MOST_SEASON)) if season_growth else growth
-    return Forecast(max(level * (1 + growth), 0.0), level, error, seconds, growth)
+    slope, doubt = _slope(totals, chosen)
+    if level <= 0:
+        return Forecast(0.0, 0.0, error, seconds)
+    seen = [part / span for span, part, _ in totals[: chosen + 1]]
+    now = min(max(level + slope * seconds / 2, min(seen)), max(seen))  # a line through a step would overshoot it
+    growth = min(max(slope * horizon_s / now, -MOST_GROWTH), MOST_GROWTH) if now > 0 else 0.0
+    growth = max(growth, min(max(season_growth, -MOST_SEASON), MOST_SEASON)) if season_growth else growth
+    value = now * (1 + growth)
+    return Forecast(value, level, hypot(error, doubt * (seconds / 2 + horizon_s)), seconds, value / level - 1)
 
 
 def _windows(samples: Sequence[Sample]) -> list[tuple[float, float, float]]:
@@ -83,37 +86,36 @@ def _windows(samples: Sequence[Sample]) -> list[tuple[float, float, float]]:
 
 
 def _choose(totals: Sequence[tuple[float, float, float]]) -> int:
-    """The longest window whose mean no shorter window contradicts, judged by the larger of both variances."""
+    """The longest window whose line no shorter window contradicts, judged by the larger of both variances."""
     for index in range(len(totals) - 1, 0, -1):
         seconds, amount, variance = totals[index]
+        level, (slope, _) = amount / seconds, _slope(totals, index)
         if not any(
-            abs(amount / seconds - short / span) > CONTRADICTION * sqrt(max(variance / seconds, spread / span) / span)
+            abs(level + slope * (seconds - span) / 2 - short / span)
+            > CONTRADICTION * sqrt(max(variance / seconds, spread / span) / span)
             for span, short, spread in totals[:index]
         ):
             return index
     return 0
 
 
-def _slope(samples: Sequence[Sample], seconds: float, variance: float) -> float:
-    """Change per second and second across the window: its younger against its older half, where significant."""
-    half = seconds / 2
-    young_s = young = old_s = old = 0.0
-    for sample in reversed(samples):
-        if young_s < half * 0.999:
-            young_s += sample.seconds
-            young += sample.amount
-        elif young_s + old_s < seconds * 0.999:
-            old_s += sample.seconds
-            old += sample.amount
-        else:
-            break
-    if not old_s:
-        return 0.0
-    rate = variance / seconds
-    change = young / young_s - old / old_s
-    if abs(change) <= SIGNIFICANT * sqrt(rate / young_s + rate / old_s):
-        return 0.0
-    return change / ((young_s + old_s) / 2)
+def _slope(totals: Sequence[tuple[float, float, float]], index: int) -> tuple[float, float]:
+    """Change per second and second across a window, younger against older half, and its standard error.
+
+    The part of the change that chance may have made is taken off (after James and Stein), so that a slope comes and
+    goes by degrees: one that counted in full from some significance on would move a count to and fro.
+    """
+    if not index:
+        return 0.0, 0.0
+    seconds, amount, variance = totals[index]
+    young_s, young, _ = totals[index - 1]
+    old_s = seconds - young_s
+    change = young / young_s - (amount - young) / old_s
+    error = sqrt(variance / seconds * (1 / young_s + 1 / old_s))
+    if abs(change) <= DOUBT * error:
+        return 0.0, 0.0
+    part = 1 - (DOUBT * error / change) ** 2
+    return part * change / (seconds / 2), part * error / (seconds / 2)
 
 
 # ---------------------------------------------------------------- season

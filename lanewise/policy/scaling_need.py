@@ -6,13 +6,15 @@ Must not: know limits, windows or budgets (`scaling.py` does).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 
 from lanewise.policy.scaling_capacity import (
     DecodeLoad,
+    DecodeWorker,
     PrefillWork,
     batch_rate,
+    crowded_share,
     decode_workers,
     late_share,
     prefill_work,
@@ -25,10 +27,11 @@ MIN_REQUESTS = 30  # from which lengths and contexts are taken; where fewer came
 BACKLOG = 10.0  # TTFT targets of work per worker that may wait: the late are served last, by design
 LEAST_BACKLOG_S = 30.0
 DRAIN_S = 120.0  # in which what waits beyond that is to be worked off
-KEEP = 0.04  # by how much the load must fall below what a count holds before the count is given up
-KEEP_ERRORS = 2.0  # and by how many standard errors of the forecast
-KEEP_MOST = 0.2
+KEEP = 0.06  # by how much the load must fall below what a count holds before the count is given up
+KEEP_ERRORS = 4.0  # and by how many standard errors of the forecast
+KEEP_MOST = 0.4
 CORRECTION = (0.1, 2.0)  # bounds of late shares measured over expected
+SLOW_CORRECTION = (0.25, 4.0)  # of late TPOTs
 PRIOR_LATE = 10.0  # requests' worth of belief in PRIOR
 PRIOR = 0.6  # giving up the longest first loses fewer than the formula's random arrivals would
 MEMORY_S = 3600.0  # of the correction
@@ -46,6 +49,7 @@ class Need:
     prefill_keep: int
     decode_keep: int
     late_share: float  # that the formula, uncorrected, expects of the ready workers at the present level
+    slow_share: float  # the same of TPOT
     words: str
     facts: dict[str, float]
 
@@ -60,15 +64,16 @@ def need(rules: Rules, state: State, seen: Observation) -> Need:
     tokens = forecast(token_samples(state.bins, length), horizon, season)
     shape = recent(state.bins, min(busy.window_s, tokens.window_s))
     work = work_of(rules, seen, shape)
-    correction = correction_of(state)
+    correction, slow = correction_of(state), slow_correction_of(state)
     prefill = _prefill(rules, seen, shape, work, busy, correction)
-    decode, load = _decode(rules, seen, shape, tokens)
+    load, worker = decode_load(shape, tokens.value), decode_worker(rules, seen, slow)
+    decode = _decode(rules, seen, load, worker, tokens)
     words = (
         f"{_rate(shape)} requests/s × {_mean(shape.uncached_tokens, shape.requests):.0f} uncached tokens keep "
         f"{busy.value:.2f} prefill workers busy in {horizon:.0f} s ({_course(busy)}); {prefill[0]} keep late prompts "
         f"under {100 * rules.late_share:g} % (correction {correction:.2f}); {tokens.value:.0f} output tokens/s at "
         f"{load.context_tokens:.0f} tokens of context ({_course(tokens)}) and {seen.running:.0f} running need "
-        f"{decode[0]} decode"
+        f"{decode[0]} decode (correction {slow:.2f})"
     )
     facts = {
         "requests_per_s": shape.requests / shape.seconds if shape.seconds else 0.0,
@@ -76,12 +81,14 @@ def need(rules: Rules, state: State, seen: Observation) -> Need:
         "output_tokens_per_s": tokens.value,
         "context_tokens": load.context_tokens,
         "correction": correction,
+        "decode_correction": slow,
         "prefill_needed": float(prefill[0]),
         "decode_needed": float(decode[0]),
         "horizon_s": horizon,
     }
-    expected = late_share(seen.prefill.ready, busy.level, work, rules.ttft_s) if work.mean_s > 0 else 0.0
-    return Need(prefill[0], decode[0], prefill[1], decode[1], expected, words, facts)
+    expected = late_share(seen.prefill.ready, busy.level, work, rules.ttft_s) if work.all_s > 0 else 0.0
+    slow_share = crowded_share(seen.decode.ready, replace(load, tokens_per_s=tokens.level), worker)
+    return Need(prefill[0], decode[0], prefill[1], decode[1], expected, slow_share, words, facts)
 
 
 def recent(bins: tuple[Demand, ...], window_s: float) -> Demand:
@@ -96,17 +103,22 @@ def recent(bins: tuple[Demand, ...], window_s: float) -> Demand:
 
 
 def work_of(rules: Rules, seen: Observation, shape: Demand) -> PrefillWork:
-    """Prefill time of a mean request, as the workers' cost model has it now."""
-    work = prefill_work(
-        seen.prefill.cost, rules.ttft_s, shape.requests, shape.uncached_tokens, shape.uncached_squares, shape.attended
-    )
-    return PrefillWork(work.mean_s * seen.prefill.correction, work.spread)
+    """Prefill time of requests, as the workers' cost model has it now."""
+    work = prefill_work(seen.prefill.cost, rules.ttft_s, shape)
+    slower = seen.prefill.correction
+    return replace(work, all_s=work.all_s * slower, mean_s=work.mean_s * slower)
 
 
 def correction_of(state: State) -> float:
     """Measured over expected late share, bounded, drawn to PRIOR while little was seen."""
     share = (state.late_seen + PRIOR_LATE * PRIOR) / (state.late_expected + PRIOR_LATE)
     return min(max(share, CORRECTION[0]), CORRECTION[1])
+
+
+def slow_correction_of(state: State) -> float:
+    """Late TPOTs counted over crowded moments expected, bounded, drawn to 1 while little was seen."""
+    share = (max(state.slow_seen, 0.0) + PRIOR_LATE) / (state.slow_expected + PRIOR_LATE)
+    return min(max(share, SLOW_CORRECTION[0]), SLOW_CORRECTION[1])
 
 
 def work_samples(rules: Rules, seen: Observation, bins: tuple[Demand, ...]) -> list[Sample]:
@@ -130,9 +142,9 @@ def token_samples(bins: tuple[Demand, ...], length: float) -> list[Sample]:
 def _prefill(
     rules: Rules, seen: Observation, shape: Demand, work: PrefillWork, busy: Forecast, correction: float
 ) -> tuple[int, int]:
-    if work.mean_s <= 0:
+    if work.all_s <= 0:
         return 0, 0
-    waiting_s = max(seen.queued_tokens, 0.0) / max(_mean(shape.uncached_tokens, shape.requests), 1.0) * work.mean_s
+    waiting_s = max(seen.queued_tokens, 0.0) / max(_mean(shape.uncached_tokens, shape.requests), 1.0) * work.all_s
     usual_s = max(BACKLOG * rules.ttft_s, LEAST_BACKLOG_S) * max(seen.prefill.ready, 1)
     excess = max(waiting_s - usual_s, 0.0) / DRAIN_S
     loads = (busy.value + excess, (busy.value + excess) * (1 + margin(busy)))
@@ -143,25 +155,27 @@ def _prefill(
     return low, high
 
 
-def _decode(rules: Rules, seen: Observation, shape: Demand, tokens: Forecast) -> tuple[tuple[int, int], DecodeLoad]:
+def decode_load(shape: Demand, tokens_per_s: float) -> DecodeLoad:
+    """Sequences of the lengths of `shape`, making so many tokens."""
     prompt = _mean(shape.prompt_tokens, shape.requests)
     length = _mean(shape.output_tokens, shape.finished or shape.requests)
     context = prompt + length  # long outputs stay longest: about twice half of the mean
     spread = _mean(shape.prompt_squares, shape.requests) / (prompt * prompt) - 1 if prompt else 0.0
+    return DecodeLoad(tokens_per_s, context, max(spread, 0.0))
+
+
+def decode_worker(rules: Rules, seen: Observation, correction: float) -> DecodeWorker:
     role = seen.decode
-    counts = [
-        decode_workers(
-            DecodeLoad(rate, context, max(spread, 0.0)),
-            seen.running,
-            role.cost,
-            role.kv_capacity_tokens,
-            rules.tpot_s,
-            role.correction,
-            _beyond(rules.decode_max),
-        )
-        for rate in (tokens.value, tokens.value * (1 + margin(tokens)))
-    ]
-    return (counts[0], counts[1]), DecodeLoad(tokens.value, context, max(spread, 0.0))
+    crowded = rules.late_share / correction
+    return DecodeWorker(role.cost, role.kv_capacity_tokens, rules.tpot_s, role.correction, crowded)
+
+
+def _decode(
+    rules: Rules, seen: Observation, load: DecodeLoad, worker: DecodeWorker, tokens: Forecast
+) -> tuple[int, int]:
+    more = replace(load, tokens_per_s=tokens.value * (1 + margin(tokens)))
+    needed, keep = (decode_workers(one, seen.running, worker, _beyond(rules.decode_max)) for one in (load, more))
+    return needed, keep
 
 
 def _beyond(most: int) -> int:

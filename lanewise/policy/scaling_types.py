@@ -29,6 +29,10 @@ class Demand:
     attainable: float = 0.0  # of the finished: whose own prefill alone fits the TTFT target
     ttft_late: float = 0.0  # of the attainable
     tpot_late: float = 0.0  # of the finished
+    able: float = 0.0  # of the requests: whose own prefill alone fits the TTFT target; then their sums
+    able_tokens: float = 0.0
+    able_squares: float = 0.0
+    able_attended: float = 0.0
 
     def __add__(self, other: Demand) -> Demand:
         return Demand(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
@@ -138,6 +142,10 @@ class State:
     made: tuple[Counts, ...] = ()  # counts of the last minute, for the rate limits
     late_seen: float = 0.0  # decaying sums, for the correction of expected late shares
     late_expected: float = 0.0
+    slow_seen: float = 0.0  # the same of TPOT
+    slow_expected: float = 0.0
+    calm_late: float = 0.0  # late TPOTs, and ends, while hardly a moment should have been crowded
+    calm_finished: float = 0.0
     idle_since_s: float | None = None
     prefill_ceiling: Ceiling | None = None
     decode_ceiling: Ceiling | None = None

@@ -187,6 +187,10 @@ def _run(args: argparse.Namespace) -> int:
     workload, cache = load_workload(args)
     base = _config(args, service, cache)
     names = [parse_policy(text) for text in args.policy or ["lanewise"]]
+    if args.pools is not None and args.scaling is None:
+        raise ConfigError(
+            "--pools: expected --scaling beside it; `lanewise plan --device` compares GPUs for a fixed load"
+        )
     if args.scaling is not None:
         batching, routing, _ = names[0]
         return run_scaling(args, service, workload, replace(base, policy=batching, routing=routing))

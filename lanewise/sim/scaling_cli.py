@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lanewise.errors import ConfigError
+from lanewise.policy.scaling_types import Rules
 from lanewise.scaling_rules import floors_at, rules_of
-from lanewise.sim.cluster import SimConfig
+from lanewise.sim.cluster import Outcome, SimConfig
 from lanewise.sim.report import summarise
-from lanewise.sim.scaling_cluster import ScaledService, simulate_scaled
+from lanewise.sim.scaling_cluster import Floors, ScaledCluster, ScaledService, simulate_scaled
 from lanewise.sim.scaling_controllers import SYNC_S, Policy
 from lanewise.sim.scaling_day import Day, arrivals, mix_of
+from lanewise.sim.scaling_pooled import PooledCluster, PooledService, read_pools
 from lanewise.sim.service import Service
 from lanewise.sim.workload import Workload
 from lanewise.spec_scaling import ScalingPolicy
@@ -38,6 +41,7 @@ def add_scaling(parser: argparse.ArgumentParser, duration: Any) -> None:
     add(
         "--day", type=float, metavar="RATE", help="with --scaling: draw the trace again for a 24 h sine, RATE/s at peak"
     )
+    add("--pools", type=Path, metavar="FILE", help="with --scaling: workers of several GPUs, by the cheapest mix")
     add("--pod-start", type=duration, default=60.0, metavar="D", help="with --scaling: a pod's start-up time (60s)")
 
 
@@ -61,27 +65,17 @@ def run_scaling(args: argparse.Namespace, service: Service, workload: Workload, 
         workload = arrivals(Day(args.day, args.day / PEAK_TO_TROUGH), mix, args.seed)
     tpot_s = args.slo_tpot or service.tpot_s
     rules = rules_of(spec, config.ttft_target_s, tpot_s, SYNC_S)
-    first = max(rules.prefill_min, 1), rules.decode_min
-    most = SimConfig(
-        (service.prefill_profile,) * rules.prefill_max,
-        (service.decode_profile,) * rules.decode_max,
-        policy=config.policy,
-        routing=config.routing,
-        max_batch_tokens=config.max_batch_tokens,
-        ttft_target_s=config.ttft_target_s,
-        tpot_target_s=tpot_s,
-        cache=config.cache,
-        seed=config.seed,
-    )
-    scaled = ScaledService(
-        most, first, args.pod_start, lambda at_s: floors_at(spec, MIDNIGHT + timedelta(seconds=at_s))
-    )
-    outcome, cluster = simulate_scaled(scaled, workload, Policy(rules))
+
+    def floors(at_s: float) -> tuple[int, int, str]:
+        return floors_at(spec, MIDNIGHT + timedelta(seconds=at_s))
+
+    outcome, cluster = _simulate(args, service, workload, replace(config, tpot_target_s=tpot_s), rules, floors)
     summary = summarise(outcome, config.ttft_target_s, tpot_s, None)
     result = {
         "trace": workload.name,
         "requests": summary["requests"],
         "gpu_hours": round(cluster.gpu_hours, 3),
+        "price": round(cluster.price, 2),
         "slo_attainment": summary["slo_attainment"],
         "ttft_ms": summary["ttft_ms"],
         "tpot_ms": summary["tpot_ms"],
@@ -89,6 +83,26 @@ def run_scaling(args: argparse.Namespace, service: Service, workload: Workload, 
     }
     _show(args, result)
     return 0
+
+
+def _simulate(
+    args: argparse.Namespace, service: Service, workload: Workload, config: SimConfig, rules: Rules, floors: Floors
+) -> tuple[Outcome, ScaledCluster]:
+    first = max(rules.prefill_min, 1), rules.decode_min
+    if args.pools is None:
+        most = replace(
+            config,
+            prefill=(service.prefill_profile,) * rules.prefill_max,
+            decode=(service.decode_profile,) * rules.decode_max,
+        )
+        return simulate_scaled(ScaledService(most, first, args.pod_start, floors), workload, Policy(rules))
+    own = service.prefill_profile
+    if service.decode_profile != own:
+        raise ConfigError("--pools: expected a service with one profile for both roles, to count workers in")
+    pools = read_pools(args.pools, own)
+    pooled = PooledService(config, own, pools, first, args.pod_start, floors, rules.gpus, rules.watts)
+    cluster = PooledCluster(pooled, workload, Policy(replace(rules, gpus=None, watts=None)))
+    return cluster.run(), cluster
 
 
 def _show(args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -102,7 +116,8 @@ def _show(args: argparse.Namespace, result: dict[str, Any]) -> None:
     out = out if out.is_terminal else Console(width=160)
     share = 100 * (result["slo_attainment"] or 0)
     title = (
-        f"{result['trace']}: {result['requests']} requests, {result['gpu_hours']:.1f} GPU-hours, {share:.1f} % on time"
+        f"{result['trace']}: {result['requests']} requests, {result['gpu_hours']:.1f} GPU-hours "
+        f"({result['price']:.2f} at the profiles' prices), {share:.1f} % on time"
     )
     view = Table(title=title, title_justify="left", box=SIMPLE)
     for name in ("at", "prefill", "decode", "why"):

@@ -36,7 +36,7 @@ class Life(Enum):
 
 
 @dataclass(slots=True)
-class _Worker:
+class Worker:
     instance: Instance
     life: Life = Life.OFF
     since_s: float = 0.0
@@ -87,7 +87,7 @@ class CountingCluster(Cluster):
 
 
 class ScaledCluster(CountingCluster):
-    """`run()` as ever; afterwards `gpu_hours` and `moves`."""
+    """`run()` as ever; afterwards `gpu_hours`, `price` and `moves`."""
 
     def __init__(
         self,
@@ -98,12 +98,12 @@ class ScaledCluster(CountingCluster):
     ) -> None:
         super().__init__(service.config, workload, on_progress)
         self.service, self.controller = service, controller
-        self.gpu_hours = 0.0
+        self.gpu_hours = self.price = 0.0
         self.moves: list[tuple[float, int, int, str]] = [(0.0, *service.first, "start")]
         self.reason = ""
-        self._roles: tuple[list[_Worker], list[_Worker]] = (
-            [_Worker(item) for item in self.prefill],
-            [_Worker(item) for item in self.decode],
+        self._roles: tuple[list[Worker], list[Worker]] = (
+            [Worker(item) for item in self.prefill],
+            [Worker(item) for item in self.decode],
         )
         for workers, count in zip(self._roles, service.first, strict=True):
             for worker in workers[:count]:
@@ -133,16 +133,21 @@ class ScaledCluster(CountingCluster):
         )
 
     def _count(self, track: Track) -> None:
-        request, cost = track.request, self.config.prefill[0].cost
+        request, cost = track.request, self._profiles()[0].cost
         new = request.prompt_tokens - track.cached
         could = cost.alone(new, track.cached) <= 0.95 * self.config.ttft_target_s
+        attended = new * (track.cached + new / 2)
         self._arrived += Demand(
             requests=1,
             prompt_tokens=request.prompt_tokens,
             prompt_squares=request.prompt_tokens**2,
             uncached_tokens=new,
             uncached_squares=new * new,
-            attended=new * (track.cached + new / 2),
+            attended=attended,
+            able=could,
+            able_tokens=could * new,
+            able_squares=could * new * new,
+            able_attended=could * attended,
         )
         track.extra["attainable"] = float(could)
 
@@ -160,12 +165,15 @@ class ScaledCluster(CountingCluster):
         return sum(worker.life is Life.READY for worker in self._roles[role])
 
     def _desired(self, role: int) -> int:
-        return sum(worker.life in (Life.READY, Life.STARTING) for worker in self._roles[role])
+        return self._there(self._roles[role])
 
-    def _scale(self, role: int, count: int) -> None:
-        """Starting workers go first, then those with least to do."""
-        workers, now = self._roles[role], self.loop.now
-        for _ in range(count - self._desired(role)):
+    def _there(self, workers: list[Worker]) -> int:
+        return sum(worker.life in (Life.READY, Life.STARTING) for worker in workers)
+
+    def _resize(self, workers: list[Worker], count: int) -> None:
+        """Of these workers `count` are to be there. Starting workers go first, then those with least to do."""
+        now = self.loop.now
+        for _ in range(count - self._there(workers)):
             worker = next(worker for worker in workers if worker.life is Life.OFF)
             worker.life, worker.since_s = Life.STARTING, now
             self.loop.at(now + self.service.start_s, self._up, (worker, now))
@@ -174,7 +182,7 @@ class ScaledCluster(CountingCluster):
         for worker in leaving[: max(len(leaving) - count, 0)]:
             worker.life = Life.OFF if worker.life is Life.STARTING else Life.DRAINING
 
-    def _up(self, argument: tuple[_Worker, float]) -> None:
+    def _up(self, argument: tuple[Worker, float]) -> None:
         worker, since = argument
         if worker.life is Life.STARTING and worker.since_s == since:
             worker.life = Life.READY
@@ -189,6 +197,7 @@ class ScaledCluster(CountingCluster):
             for worker, profile in zip(workers, profiles, strict=True):
                 if worker.life is not Life.OFF:
                     self.gpu_hours += profile.gpus * seconds / 3600
+                    self.price += profile.price_per_hour * seconds / 3600
                 if worker.life is Life.DRAINING and not self._load(worker.instance):
                     worker.life = Life.OFF
 
@@ -199,12 +208,16 @@ class ScaledCluster(CountingCluster):
         measured = self._measure()
         demand, self._arrived = self._demand(), Demand()
         counts = self.controller.counts(measured, lambda: self._observe(demand))
-        if counts != (self._desired(0), self._desired(1)):
-            self.moves.append((self.loop.now, *counts, self.controller.reason))
-        for role, count in enumerate(counts):
-            self._scale(role, count)
+        self._follow(counts)
         if self._pending or self._held or self._next_arrival_left():
             self.loop.at(self.loop.now + SYNC_S, self._sync)
+
+    def _follow(self, counts: tuple[int, int]) -> None:
+        """Asks for these counts."""
+        if counts != (self._desired(0), self._desired(1)):
+            self.moves.append((self.loop.now, *counts, self.controller.reason))
+        for workers, count in zip(self._roles, counts, strict=True):
+            self._resize(workers, count)
 
     def _demand(self) -> Demand:
         """Tokens sent so far are those of the ended requests and of what decodes now."""

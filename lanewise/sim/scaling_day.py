@@ -6,6 +6,7 @@ Owns: the rate, the draws (all from a seed), and their sums per second and perio
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,6 +43,14 @@ class Mix:
     @cached_property
     def work_s(self) -> float:
         return sum(shape.work_s for shape in self.shapes) / len(self.shapes)
+
+    @cached_property
+    def _outputs(self) -> list[int]:
+        return sorted(shape.output for shape in self.shapes)
+
+    def longer_than(self, tokens: float) -> float:
+        """Share of outputs of more than so many tokens."""
+        return 1 - bisect_right(self._outputs, tokens) / len(self._outputs)
 
     @cached_property
     def prompt_tokens(self) -> float:
@@ -113,12 +122,14 @@ def periods(day: Day, mix: Mix, seconds: int, seed: int) -> Iterator[Period]:
         for count in counts:
             work.append(sum([shape.work_s for shape in drawn[first : first + count]]))
             first += count
-        yield Period(_sums(drawn, float(seconds)), tuple(work))
+        yield Period(sums(drawn, float(seconds)), tuple(work))
 
 
-def _sums(drawn: Sequence[Shape], seconds: float) -> Demand:
+def sums(drawn: Sequence[Shape], seconds: float) -> Demand:
+    """What routers would have counted of these requests, the ends aside."""
     prompts = [shape.prompt for shape in drawn]
     uncached = [shape.uncached for shape in drawn]
+    able = [shape for shape in drawn if shape.attainable]
     return Demand(
         seconds=seconds,
         requests=len(drawn),
@@ -128,7 +139,11 @@ def _sums(drawn: Sequence[Shape], seconds: float) -> Demand:
         uncached_squares=sum([n * n for n in uncached]),
         attended=sum([shape.uncached * (shape.prompt - shape.uncached / 2) for shape in drawn]),
         output_tokens=sum([shape.output for shape in drawn]),
-        attainable=sum([shape.attainable for shape in drawn]),
+        attainable=len(able),
+        able=len(able),
+        able_tokens=sum([shape.uncached for shape in able]),
+        able_squares=sum([shape.uncached**2 for shape in able]),
+        able_attended=sum([shape.uncached * (shape.prompt - shape.uncached / 2) for shape in able]),
     )
 
 

@@ -152,7 +152,7 @@ class _Run:
         in_service = busy / SYNC_S  # workers' worth
         waiting = max(self.work_s / world.mix.work_s, 0.0)
         running, kv = self._decode(rate, d)
-        share = world.on_time(p, d, rate) if self.behind <= 0 else 0.0
+        share = world.on_time(p, d, rate) * self._patient(d)
         measured = Measured(
             now, self.pods[0].desired, self.pods[1].desired, p, d,
             in_service / max(p, 1), waiting, waiting + in_service, running, kv,
@@ -176,6 +176,18 @@ class _Run:
         running = max(self.draw.gauss(mean, sqrt(mean)), 0.0) if mean > 0 else 0.0
         return running + self.behind, min(running * context / max(d * capacity, 1), 1.0)
 
+    def _patient(self, d: int) -> float:
+        """Share of requests whose TPOT bears the wait for room in decode: it is spread over all their tokens."""
+        if self.behind <= 0:
+            return 1.0
+        if not d:
+            return 0.0
+        world = self.world
+        wait_s = self.behind / (STABLE * world.response.full_rate * d)
+        context = world.mix.prompt_tokens + world.mix.output_tokens
+        spare_s = world.tpot_s - step_s(self.held[d], context, world.profile.cost)
+        return world.mix.longer_than(wait_s / spare_s) if spare_s > 0 else 0.0
+
     def _account(self, demand: Demand, p: int, measured: Measured) -> Demand:
         """What the routers would count beside the arrivals: ends, tokens sent, requests that were late."""
         world = self.world
@@ -184,8 +196,18 @@ class _Run:
         life = world.mix.output_tokens * 0.03
         self.served_output += (demand.output_tokens - self.served_output) * min(SYNC_S / (SYNC_S + life), 1.0)
         late = demand.attainable * lost
-        whole = int(late) + (self.draw.random() < late % 1)
-        return replace(demand, output_tokens=self.served_output, finished=demand.requests, ttft_late=whole)
+        full = rate / (measured.decode_ready * world.response.full_rate) if measured.decode_ready else 0.0
+        in_time = world.response.tpot.at(measured.decode_ready, full) * self._patient(measured.decode_ready)
+        return replace(
+            demand,
+            output_tokens=self.served_output,
+            finished=demand.requests,
+            ttft_late=self._whole(late),
+            tpot_late=self._whole(demand.requests * (1 - in_time)),
+        )
+
+    def _whole(self, count: float) -> int:
+        return int(count) + (self.draw.random() < count % 1)
 
     def _move(self, now: float, measured: Measured, demand: Demand) -> None:
         counts = self.controller.counts(measured, lambda: self._observation(now, measured, demand))

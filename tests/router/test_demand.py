@@ -23,6 +23,8 @@ def test_sums_of_what_was_placed_and_ended() -> None:
     assert wire.uncached_squares == 36**2 + 1000**2
     assert wire.attended == 36 * (64 + 18) + 1000 * 500
     assert (wire.output_tokens, wire.finished) == (3, 2)
+    assert (wire.able, wire.able_tokens, wire.able_squares) == (1, 36, 36**2)
+    assert wire.able_attended == 36 * (64 + 18)
     assert (wire.attainable, wire.ttft_late, wire.tpot_late) == (1, 1, 1)
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lanewise.errors import ConfigError
 from lanewise.policy.profile import make_profile
 from lanewise.policy.scaling_types import Rules
 from lanewise.sim.cli import main
 from lanewise.sim.cluster import SimConfig
 from lanewise.sim.report import summarise
-from lanewise.sim.scaling_cluster import ScaledService, simulate_scaled
+from lanewise.sim.scaling_cluster import ScaledService, no_floors, simulate_scaled
 from lanewise.sim.scaling_controllers import HpaUtilisation, KedaQueue, Measured, Policy, Schedule, Threshold
 from lanewise.sim.scaling_day import Day, Mix, arrivals, mix_of, periods
 from lanewise.sim.scaling_interval import World, run, turns
+from lanewise.sim.scaling_pooled import PooledCluster, PooledService, pool_of, read_pools
 from lanewise.sim.scaling_response import Response, prefill_cell
 from lanewise.sim.workload import Request, Workload, read_trace
 
@@ -142,3 +145,74 @@ def test_the_command_prints_gpu_hours_attainment_and_every_move(
     assert 0 < found["slo_attainment"] <= 1
     assert any(move["decode"] == 2 and '"1 0 * * *"' in move["reason"] for move in found["moves"])
     assert main([service, "--trace", trace, "--scaling", service]) == 2
+
+
+POOLS = """
+pools:
+  - name: big
+    profile: {model: qwen2.5-32b, device: h200, tensorParallel: 1, overrides: {compute_efficiency: 0.55}}
+    most: 2
+  - name: cheap
+    profile: {model: qwen2.5-32b, device: a100, tensorParallel: 2, price_per_hour: 3.0}
+    most: 5
+"""
+
+
+def test_pools_serve_by_the_cheapest_mix_and_spill_into_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "pools.yaml"
+    path.write_text(POOLS)
+    pools = read_pools(path, PROFILE)
+    day = Day(14.0, 3.5, seconds=2400.0)
+    workload = arrivals(day, mix(), 5)
+    service = PooledService(config(), PROFILE, pools, (1, 1), START_S, no_floors, gpus=12)
+    cluster = PooledCluster(service, workload, Policy(replace(RULES, down_stabilization_s=60.0)))
+    outcome = cluster.run()
+    assert all(track.end_s is not None for track in outcome.tracks)
+    assert "cheap" in cluster.moves[0][3]
+    assert "big" not in cluster.moves[0][3]
+    assert any("×big" in move[3] for move in cluster.moves), "more than the cheap pool holds"
+    assert summarise(outcome, TTFT_S, TPOT_S, None)["slo_attainment"] > 0.9
+    many = (pool_of("big", pools[0][1], 6), pools[0][1])
+    dear = PooledService(config(), PROFILE, (many,), (1, 1), START_S, no_floors)
+    alone = PooledCluster(dear, workload, Policy(RULES))
+    alone.run()
+    assert cluster.price < alone.price
+
+
+def test_pools_are_a_matter_of_the_simulator_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    service = str(ROOT / "deploy/samples/sim-h200-qwen2.5-32b.yaml")
+    trace = str(ROOT / "tests/data/traces/azure_llm_2023_conv_600.csv")
+    pools = str(ROOT / "deploy/samples/sim/pools.yaml")
+    assert main([service, "--trace", trace, "--pools", pools]) == 2
+    assert "--scaling" in capsys.readouterr().err
+    policy = tmp_path / "policy.yaml"
+    text = (
+        "apiVersion: lanewise.io/v1alpha1\nkind: ScalingPolicy\nmetadata: {name: chat}\n"
+        "spec:\n  targetRef: {name: chat}\n  prefill: {min: 1, max: 4}\n  decode: {min: 1, max: 4}\n"
+    )
+    policy.write_text(text)
+    arguments = [service, "--trace", trace, "--scaling", str(policy), "--json", "-", "--rate-scale", "3"]
+    assert main([*arguments, "--pools", pools]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["price"] > 0
+    assert found["moves"][0]["reason"].startswith("prefill 1×")
+    policy.write_text(text + "  pools: [{name: h200, most: 4}]\n")
+    assert main(arguments) == 2, "no field of the resource: an API server refuses it by name as well"
+    assert "spec.pools" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("pools: []", "'pools'"),
+        ("pools: [{name: a, most: 0, profile: {model: qwen2.5-32b, device: h200}}]", "pools[0].most"),
+        ("pools: [{name: a, most: 1}]", "pools[0]"),
+        ("pools: [{name: a, most: 1, profile: {model: qwen2.5-7b, device: h200}}]", "service's model"),
+        (POOLS + "  - {name: big, most: 1, profile: {model: qwen2.5-32b, device: h200}}", "name of its own"),
+    ],
+)
+def test_a_file_of_pools_that_is_wrong_says_where(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "pools.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        read_pools(path, PROFILE)
