@@ -3,7 +3,7 @@
 Owns: which loads and policies are compared, the interleaving, the table, the plot and the JSON of docs/scheduling.md.
 Must not: hold a policy or a definition; `lanewise.policy` and `lanewise.bench` do.
 
-    python benchmarks/scheduling.py [mixed] [closed] [--runs 3] [--requests 120] [--json F] [--plot F]
+    python benchmarks/scheduling.py [mixed] [closed] [--runs 3] [--requests 100] [--json F] [--plot F]
 
 All services are up at once and idle but for the one that is asked, and each run of a load goes over all policies before
 the next: what disturbs the machine for a while disturbs all of them. Medians over the runs.
@@ -18,6 +18,8 @@ import random
 import signal
 import sys
 import tempfile
+import time
+import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,10 +44,11 @@ POLICIES = ("lanewise", "fcfs-8192", "fcfs-1024", "laps-8192")
 PLAIN = ("fcfs-8192", "fcfs-1024")
 PROMPTS, OUTPUTS = "80%:64,20%:1536", "16"
 LONGEST = 1900  # of the built-in model's context of 2048
-CLOSED_CLIENTS = (1, 4, 16, 64)
+CLOSED_CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128)
 POISSON_LOAD = 0.7  # of the requests per second that the closed loop of 16 served
 SETTINGS = Settings(model="fable", temperature=0.0, ignore_eos=True, timeout_s=300.0)
 READY_S = 240.0  # for all of them
+STARTED = time.monotonic()
 TIDY_S = 0.3  # between two runs: statistics and audits of the last one are over
 
 
@@ -124,8 +127,10 @@ def compare(
             order = list(services)
             random.Random(number).shuffle(order)
             for policy in order:
-                samples = asyncio.run(run(f"grpc://{services[policy].grpc}", load, requests, number))
+                seed = zlib.crc32(f"{load.name} {number}".encode())  # prompts no run before had: caches stay cold
+                samples = asyncio.run(run(f"grpc://{services[policy].grpc}", load, requests, seed))
                 collected[policy].append(figures(samples))
+            print(f"{load.name}: run {number + 1} of {runs} after {time.monotonic() - STARTED:.0f} s", flush=True)
         found[load.name] = {policy: medians(collected[policy]) for policy in services}
     return found
 
@@ -153,7 +158,7 @@ def closed(services: dict[str, Service], runs: int) -> tuple[dict[str, Any], boo
     """Closed loops on lmsys lengths: never slower than the better of the plain queues."""
     lengths = [min(r.prompt_tokens, LONGEST) for r in read_trace(DATA / "lmsys10k_lengths.csv.gz").requests]
     loads = [Load(f"{clients} clients", clients=clients) for clients in CLOSED_CLIENTS]
-    counts = [60 + 6 * clients for clients in CLOSED_CLIENTS]
+    counts = [40 + 4 * clients for clients in CLOSED_CLIENTS]
     asks = [[Ask(i, None, n, 1, "") for i, n in enumerate(lengths[:count])] for count in counts]
     chosen = {policy: services[policy] for policy in ("lanewise", *PLAIN)}
     found = compare(chosen, loads, asks, runs, _closed_figures)
@@ -224,7 +229,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=["mixed", "closed", []], default=[])
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=120, help="of one run of the mixed workload")
+    parser.add_argument("--requests", type=int, default=100, help="of one run of the mixed workload")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()

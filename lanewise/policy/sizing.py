@@ -23,7 +23,7 @@ from lanewise.policy.window import FEW_SURPRISES
 
 QUANTUM = 0.12  # of the TTFT target one batch may last: a newcomer loses at most this much to the batch before it
 BUSY_QUANTUM = 0.21  # the same once late work has piled up: larger batches waste less, and those who wait profit
-ECHO_QUANTUM = 0.32  # the same when requests come only in answer to batches (closed loops): nobody to be blocked,
+ECHO_QUANTUM = 0.31  # the same when requests come only in answer to batches (closed loops): nobody to be blocked,
 ECHO_ALL = 8  # ... and with no more requests than this everything goes into one batch
 PILE = 6.0  # targets' worth of late work at which the quantum has grown to BUSY_QUANTUM
 MIN_KNEES = 1.5  # a batch is never planned smaller than this many knees: below, weight reads eat the time saved
