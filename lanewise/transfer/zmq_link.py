@@ -77,6 +77,7 @@ class SocketThread(ABC):
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
+        self._woken = False
         self._delayed: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._closing_until: float | None = None
@@ -117,7 +118,10 @@ class SocketThread(ABC):
         return self._closing_until is not None
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # full: a wake-up is pending anyway; closed: nobody is left to wake
+        if self._woken:
+            return  # it has not looked yet, and will run this command too
+        self._woken = True
+        with contextlib.suppress(OSError):  # closed: nobody is left to wake
             self._wake_in.send(b"\0")
 
     # --- for the subclass
@@ -199,11 +203,9 @@ class SocketThread(ABC):
                 self._guarded(self._commands.popleft(), time.monotonic())
 
     def _drain_wake(self) -> None:
-        try:
-            while self._wake_out.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
+        with contextlib.suppress(BlockingIOError):
+            self._wake_out.recv(4096)
+        self._woken = False  # before the commands are run: what comes later wakes again
 
     def _guarded(self, step: Callable[..., None], *args: object) -> None:
         try:
