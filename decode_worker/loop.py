@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 OFFER_PATIENCE_S = 4.0  # an offer may wait this long for room; the sender gives up after 5 s
+MEASURED_STEPS = 10  # first ones pay for starts; fewer say nothing
 
 
 class DecodeLoop(WorkerLoop[Decode]):
@@ -290,7 +291,7 @@ class DecodeLoop(WorkerLoop[Decode]):
             preemptions=self._preemptions,
             leaked_blocks=self.leaked_blocks,
             queue_wait_s=round(self._meter.wait_s(now), 4),
-            decode_step_s=round(median(self._step_times), 5) if self._step_times else 0.0,
+            decode_step_s=round(median(self._step_times), 5) if len(self._step_times) >= MEASURED_STEPS else 0.0,
             counters=asdict(self.receiver.snapshot()),
         )
         load = with_load(fleet, self.attempts.values(), pool.usage(), self._policy, len(self._closing), self._admission)

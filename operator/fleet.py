@@ -18,7 +18,6 @@ from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
 
 CALL_TIMEOUT_S = 1.5
-IMPATIENT_S = 0.5  # for a fleet that has been silent: hundreds of those must not keep the others waiting
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 
@@ -90,18 +89,17 @@ class FleetClient:
     def __init__(self, *, timeout_s: float = CALL_TIMEOUT_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeout_s, self._clock = timeout_s, clock
 
-    async def ask(self, addresses: Sequence[str], *, patient: bool = True) -> FleetView:
+    async def ask(self, addresses: Sequence[str]) -> FleetView:
         """One view from all routers at `addresses` (host:port). A router that does not answer in time is left out."""
-        timeout_s = self._timeout_s if patient else min(IMPATIENT_S, self._timeout_s)
-        replies = await asyncio.gather(*(self._snapshot(address, timeout_s) for address in addresses))
+        replies = await asyncio.gather(*(self._snapshot(address) for address in addresses))
         return merge([reply for reply in replies if reply is not None], len(addresses), self._clock())
 
-    async def _snapshot(self, address: str, timeout_s: float) -> Any | None:
+    async def _snapshot(self, address: str) -> Any | None:
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.enable_retries", 0)]
         async with grpc.aio.insecure_channel(address, options=options) as channel:
             stub = pb_grpc.FleetStub(channel)  # type: ignore[no-untyped-call]
             try:
-                return await stub.Snapshot(pb.FleetRequest(), timeout=timeout_s)
+                return await stub.Snapshot(pb.FleetRequest(), timeout=self._timeout_s)
             except grpc.aio.AioRpcError:
                 return None
 

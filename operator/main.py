@@ -182,8 +182,8 @@ class Operator:
     def _leading(self) -> Leading:
         config, fleet = self._config, FleetClient()
         own = own_runtime(config.control_image, config.worker_image)
-        reconciler = Reconciler(config, own, self.cluster, self.store, fleet)
         queue: WorkQueue[Key] = WorkQueue()
+        reconciler = Reconciler(config, own, self.cluster, self.store, fleet, queue.add)
         return Leading(config, self.cluster, self.store, queue, fleet, reconciler, self._metrics)
 
     def _wake_all(self, leading: Leading) -> None:

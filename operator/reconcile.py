@@ -6,8 +6,11 @@ Every look starts from what is there, whatever happened before: events only say 
 
 from __future__ import annotations
 
+import asyncio
+import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -37,7 +40,7 @@ from lanewise.spec_status import LLMServiceStatus, ModelStatus, RuntimeStatus
 
 BUSY_S = 3.0  # between looks at the fleet of a service that is changing
 UNREACHABLE_S = 60.0
-SILENT = 3  # questions in a row that no router answered
+GLANCE_S = 0.1  # a look waits this long for routers; those that take longer answer beside it, and cause another
 FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 300.0  # of what the API server refused
 JITTER = 0.1
 
@@ -56,6 +59,7 @@ class Memory:
     fleet: FleetView = field(default_factory=FleetView)
     fleet_due: float = 0.0
     asked: tuple[str, ...] = ()  # the routers that were, and whether they were ready: others are asked at once
+    asking: asyncio.Task[FleetView] | None = None
     unanswered: int = 0
 
 
@@ -72,9 +76,17 @@ class Reconciler:
     """`look(key)` is the work of the queue."""
 
     def __init__(
-        self, config: OperatorConfig, own: RuntimeStatus, cluster: Cluster, store: Store, fleet: FleetClient
+        self,
+        config: OperatorConfig,
+        own: RuntimeStatus,
+        cluster: Cluster,
+        store: Store,
+        fleet: FleetClient,
+        wake: Callable[[Key], None],
     ) -> None:
+        """`wake` makes a key due at once."""
         self._config, self._own, self._cluster, self._store, self._fleet = config, own, cluster, store, fleet
+        self._wake = wake
         self.lister = Lister(cluster, store)
         self._children = Children(cluster, store)
         self._publisher = Publisher(cluster, store, config)
@@ -90,7 +102,9 @@ class Reconciler:
             await self.lister.refresh(key)
         body = known.service
         if body is None or "deletionTimestamp" in body["metadata"]:
-            self._memories.pop(key, None)  # children go with their owner
+            gone = self._memories.pop(key, None)  # children go with their owner
+            if gone is not None and gone.asking is not None:
+                gone.asking.cancel()
             if body is None:
                 self._store.forget(key)
             return None
@@ -112,6 +126,9 @@ class Reconciler:
             if not service.spec.paused:
                 await self._apply(key, service, known, memory, runtime, model)
             blocked = memory.blocked
+        await self._ask_fleet(key, memory, known.of("Pod"))
+        if memory.asking is not None and not memory.fleet.taken_at:
+            return BUSY_S  # nothing is known of the fleet yet: its answer, or its silence, wakes this key
         pinned = previous.runtime if isinstance(runtime, ConfigError) else runtime
         facts = await self._facts(key, service, known, memory, Basis(pinned, model, blocked))
         status = build_status(service, facts, previous, datetime.now(UTC))
@@ -185,7 +202,6 @@ class Reconciler:
 
     async def _facts(self, key: Key, service: LLMService, known: Known, memory: Memory, basis: Basis) -> Facts:
         pods, deployments = known.of("Pod"), _live(key, known)
-        await self._ask_fleet(memory, pods)
         assert known.service is not None  # look() has seen to it
         return Facts(
             generation=_generation(known.service),
@@ -199,15 +215,33 @@ class Reconciler:
             degraded=basis.blocked,
         )
 
-    async def _ask_fleet(self, memory: Memory, pods: list[dict[str, Any]]) -> None:
+    async def _ask_fleet(self, key: Key, memory: Memory, pods: list[dict[str, Any]]) -> None:
+        """A fresh view where one is due. Routers that do not answer keep nobody waiting but their own service."""
         ready = tuple(router_addresses(pods, only_ready=True))
-        if time.monotonic() < memory.fleet_due and ready == memory.asked:
+        if memory.asking is not None or (time.monotonic() < memory.fleet_due and ready == memory.asked):
             return
-        addresses, memory.asked = router_addresses(pods), ready
-        patient = memory.unanswered < SILENT
-        memory.fleet = await self._fleet.ask(addresses, patient=patient) if addresses else FleetView()
+        addresses, memory.asked, memory.fleet_due = router_addresses(pods), ready, math.inf  # _next() says when
+        if not addresses:
+            memory.fleet, memory.unanswered = FleetView(), memory.unanswered + 1
+            return
+        asking = memory.asking = asyncio.create_task(self._fleet.ask(addresses))
+
+        def late(done: asyncio.Task[FleetView]) -> None:
+            self._answered(memory, done)
+            self._wake(key)
+
+        await asyncio.wait({asking}, timeout=GLANCE_S)
+        if asking.done():
+            self._answered(memory, asking)
+        else:
+            asking.add_done_callback(late)
+
+    def _answered(self, memory: Memory, asking: asyncio.Task[FleetView]) -> None:
+        memory.asking = None
+        if asking.cancelled():
+            return
+        memory.fleet = asking.result()
         memory.unanswered = 0 if memory.fleet.answered else memory.unanswered + 1
-        memory.fleet_due = 0.0  # _next() says when
 
     def _next(self, memory: Memory, status: LLMServiceStatus, *, settled: bool) -> float:
         """Soon while something changes, rarely when nothing does; a fleet that does not answer is asked less."""
@@ -220,7 +254,7 @@ class Reconciler:
         if not settled:  # numbers wait for their turn
             period = min(period, self._config.status_period_s)
         period *= random.uniform(1 - JITTER, 1 + JITTER)
-        if memory.fleet_due == 0.0:
+        if memory.asking is None and memory.fleet_due == math.inf:
             memory.fleet_due = time.monotonic() + 0.9 * period
         return period
 

@@ -9,6 +9,7 @@ import base64
 import http.client
 import json
 import ssl
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +51,7 @@ class RawApi:
         self._connection = http.client.HTTPSConnection(
             address.hostname or "", address.port or 443, timeout=DEADLINE_S, context=context
         )
+        weakref.finalize(self, self._connection.close)  # of a thread that has ended
 
     def __enter__(self) -> Self:
         return self

@@ -57,7 +57,7 @@ def test_a_steady_service_under_load_is_left_alone(own_cluster: Cluster, chart: 
         wait_for(lambda: time.monotonic() > settled, "the load to be steady", SETTLE_S + 60, poll_s=1.0)
         mark, started = cluster.audit.mark(), time.monotonic()
         wait_for(lambda: time.monotonic() > started + STEADY_S, "the time to pass", STEADY_S + 60, poll_s=1.0)
-    writes = by_the_operator(cluster, chart, mark)
+    writes = [event for event in by_the_operator(cluster, chart, mark) if event.namespace == namespace]
     kinds = Counter(f"{event.verb} {event.kind}" for event in writes)
     print(f"{STEADY_S:.0f} s, {len(load.streams)} streams; writes of the operator: {dict(kinds)}")
     assert not [stream for stream in load.streams if stream.failed]

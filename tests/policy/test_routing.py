@@ -140,3 +140,38 @@ def test_buckets_are_cut_to_equal_work_every_five_seconds() -> None:
     for i in range(100):
         cuts = buckets.observe(10, 2, 6 + i)
     assert cuts == (1000,)  # the long ones still make half of the work
+
+
+SLOW_COST = {name: value * 30 if name.endswith("_s") else value for name, value in COST.items()}
+
+
+def d(name: str, cost: dict[str, float] = COST, **stats: object) -> WorkerView:
+    """A decode worker that says of itself how fast it is."""
+    view = worker(Role.DECODE, name, **stats)  # type: ignore[arg-type]
+    return replace(view, stats=replace(view.stats, cost=cost))
+
+
+def test_a_decode_worker_that_has_measured_nothing_is_taken_for_as_fast_as_its_like() -> None:
+    """Its profile says it is too slow; were that believed, nothing would ever show that it is wrong."""
+    ask = replace(ASK, tpot_target_s=0.05, max_tokens=400)
+    busy = d("busy", running_requests=8, running_context_tokens=8000, decode_step_s=0.02)
+    unproven = d("new", SLOW_COST)
+    pair = choose_pair(ask, fleet(p("p0"), decode=(busy, unproven)), 0.0, 0)
+    assert pair is not None
+    assert pair.decode == "new"
+    proven = d("new", SLOW_COST, decode_step_s=1.0)
+    pair = choose_pair(ask, fleet(p("p0"), decode=(busy, proven)), 0.0, 0)
+    assert pair is not None
+    assert pair.decode == "busy", "what it has measured counts"
+    other = replace(unproven, identity=replace(unproven.identity, device="slower"))
+    pair = choose_pair(ask, fleet(p("p0"), decode=(busy, other)), 0.0, 0)
+    assert pair is not None
+    assert pair.decode == "busy", "another device is another matter"
+
+
+def test_what_an_idle_decode_worker_measured_long_ago_does_not_count_as_its_load() -> None:
+    busy = d("busy", running_requests=8, running_context_tokens=8000, decode_step_s=0.02)
+    idle = d("idle", decode_step_s=3.0)
+    pair = choose_pair(ASK, fleet(p("p0"), decode=(busy, idle)), 0.0, 0)
+    assert pair is not None
+    assert pair.decode == "idle"
