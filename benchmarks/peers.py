@@ -1,12 +1,12 @@
 """Lanewise beside another server on the same weights, machine, client and prompts; prints ratios with their spread.
 
     python benchmarks/peers.py --make /tmp/small                       # a random 118 M Qwen2 to serve, once
-    python benchmarks/peers.py /tmp/small --vllm PEER/bin/python [--split] [--repetitions 3]
+    python benchmarks/peers.py /tmp/small --transformers [--vllm PEER/bin/python] [--split] [--repetitions 3]
 
 Every server is started once (start to ready is timed), then each measurement goes round the servers in turn, in another
 order each time, and again for every repetition. While one is measured the others idle; vLLM is even stopped (SIGSTOP).
 A ratio is Lanewise / peer within one repetition; the table gives the median and the range of them.
-Installing the peer is up to the reader: docs/performance.md says how.
+`transformers` is here with the development tools; how vLLM is installed docs/performance.md says.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", type=Path, help="a Hugging Face model directory")
     parser.add_argument("--make", type=Path, metavar="DIR", help="write the random 118 M Qwen2 there and end")
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment that holds vLLM for CPUs")
+    parser.add_argument("--transformers", action="store_true", help="beside benchmarks/transformers_server.py")
     parser.add_argument("--vllm-flag", action="append", default=[], metavar="FLAG", help="such as --enforce-eager")
     parser.add_argument("--split", action="store_true", help="also 1 prefill + 1 decode worker, a core each")
     parser.add_argument("--repetitions", type=int, default=3)
@@ -156,6 +157,11 @@ def choose(options: argparse.Namespace, folder: Path) -> Iterator[Server]:
     yield lanewise("lanewise", "Auto", model, folder)
     if options.split:
         yield lanewise("lanewise 1+1", "Always", model, folder)
+    if options.transformers:
+        port = free_port()
+        command = [sys.executable, "benchmarks/transformers_server.py", str(model), "--port", str(port)]
+        url = f"http://127.0.0.1:{port}/v1"
+        yield Server("transformers", [*command, "--threads", str(os.cpu_count() or 1)], url, f"{url}/models")
     if options.vllm:
         port = free_port()
         flags = ["serve", str(model), "--host", "127.0.0.1", "--port", str(port)]

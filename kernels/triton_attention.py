@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,18 +23,21 @@ SPLIT_TOKENS = 512
 MIN_DOT = 16  # the smallest side tl.dot takes
 
 
+A = TypeVar("A")
+
+
 @dataclass(frozen=True, slots=True)
-class TritonPlan:
-    """The batch as arrays on the device; sequences stay in the order they came in."""
+class TritonPlan(Generic[A]):
+    """The batch as arrays, on the host or on the device; sequences stay in the order they came in."""
 
     order: list[int]
     ends: list[int]
-    positions: torch.Tensor  # [rows]
-    slots: torch.Tensor  # [rows], where each new token's KV goes
-    table: torch.Tensor  # [sequences, pages] int32
-    decode: torch.Tensor  # [decode rows, 3] int32: row, sequence, tokens
-    tiles: torch.Tensor  # [tiles, 4] int32: first row, sequence, position of the first row, rows
-    max_tokens: int
+    positions: A  # [rows]
+    slots: A  # [rows], where each new token's KV goes; -1: nowhere
+    table: A  # [sequences, pages] int32
+    decode: A  # [decode rows, 3] int32: row, sequence, tokens
+    tiles: A  # [tiles, 4] int32: first row, sequence, position of the first row, rows
+    max_tokens: int  # of any decode row
 
 
 @triton.jit
@@ -99,7 +103,10 @@ def _combine_kernel(
         result = result * before + tl.load(partial + (base + split) * DIM + dims) * now
         total = total * before + tl.load(summary + (base + split) * 2 + 1) * now
         top = best
-    tl.store(out + (row * HEADS + head) * DIM + dims, (result / total).to(out.dtype.element_ty))
+    # An entry without tokens only fills up a captured batch, and its row may be another's.
+    there = dims < tl.where(tokens > 0, DIM, 0)
+    total = tl.where(tokens > 0, total, 1.0)
+    tl.store(out + (row * HEADS + head) * DIM + dims, (result / total).to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -161,7 +168,13 @@ class TritonAttention:
         self.tile_rows = 64
         self.split_tokens = SPLIT_TOKENS
 
-    def plan(self, spans: Sequence[Span]) -> TritonPlan:
+    def plan(self, spans: Sequence[Span]) -> TritonPlan[torch.Tensor]:
+        host = self.host_plan(spans)
+        arrays = (host.positions, host.slots, host.table, host.decode, host.tiles)
+        positions, slots, table, decode, tiles = (torch.from_numpy(array).to(self.device) for array in arrays)
+        return TritonPlan(host.order, host.ends, positions, slots, table, decode, tiles, host.max_tokens)
+
+    def host_plan(self, spans: Sequence[Span]) -> TritonPlan[np.ndarray]:
         ends = np.cumsum([span.num_new for span in spans])
         table = np.zeros((len(spans), max(len(span.pages) for span in spans)), dtype=np.int32)
         slots, positions, decode, tiles = [], [], [], []
@@ -184,26 +197,24 @@ class TritonAttention:
         return TritonPlan(
             order=list(range(len(spans))),
             ends=ends.tolist(),
-            positions=self._on_device(np.concatenate(positions)),
-            slots=self._on_device(np.concatenate(slots)),
-            table=self._on_device(table),
-            decode=self._on_device(np.array(decode, dtype=np.int32).reshape(-1, 3)),
-            tiles=self._on_device(np.array(tiles, dtype=np.int32).reshape(-1, 4)),
+            positions=np.concatenate(positions),
+            slots=np.concatenate(slots),
+            table=table,
+            decode=np.array(decode, dtype=np.int32).reshape(-1, 3),
+            tiles=np.array(tiles, dtype=np.int32).reshape(-1, 4),
             max_tokens=max((tokens for _, _, tokens in decode), default=0),
         )
 
-    def _on_device(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device)
-
     def attend(
         self,
-        plan: TritonPlan,
+        plan: TritonPlan[torch.Tensor],
         cache: torch.Tensor,
         query: torch.Tensor,
         window: int | None,
     ) -> torch.Tensor:
         """Output [rows, heads, head_dim] for query [rows, heads, head_dim]; the new KV has been written already."""
-        query, out = query.contiguous(), torch.empty_like(query)
+        # Zeros: rows that only fill up a captured batch are computed by nobody, and what lay there may be no number.
+        query, out = query.contiguous(), torch.zeros_like(query)
         seen = window or 1 << 30
         if len(plan.tiles):
             self._prompts(plan, cache, query, out, seen)
@@ -212,7 +223,7 @@ class TritonAttention:
         return out
 
     def _prompts(
-        self, plan: TritonPlan, cache: torch.Tensor, query: torch.Tensor, out: torch.Tensor, seen: int
+        self, plan: TritonPlan[torch.Tensor], cache: torch.Tensor, query: torch.Tensor, out: torch.Tensor, seen: int
     ) -> None:
         heads = query.shape[1]
         _prompt_kernel[len(plan.tiles), heads](
@@ -221,7 +232,9 @@ class TritonAttention:
             BLOCK=self.block_tokens,
         )  # fmt: skip
 
-    def _decode(self, plan: TritonPlan, cache: torch.Tensor, query: torch.Tensor, out: torch.Tensor, seen: int) -> None:
+    def _decode(
+        self, plan: TritonPlan[torch.Tensor], cache: torch.Tensor, query: torch.Tensor, out: torch.Tensor, seen: int
+    ) -> None:
         heads, count = query.shape[1], len(plan.decode)
         splits = -(-plan.max_tokens // self.split_tokens)
         partial = torch.empty((count, heads, splits, self.head_dim), dtype=torch.float32, device=self.device)

@@ -51,10 +51,11 @@ def _heads_kernel(
     source = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * dim + at
     left, right = tl.load(source, mask=used, other=0.0), tl.load(source + HALF, mask=used, other=0.0)
     slot = tl.load(slots + row)
+    there = at < tl.where(slot >= 0, HALF, 0)  # a row that only fills up a captured batch has no slot
     if head >= HEADS + KV_HEADS:
         to = values + (slot * KV_HEADS + head - HEADS - KV_HEADS) * dim + at
-        tl.store(to, left, mask=used)
-        tl.store(to + HALF, right, mask=used)
+        tl.store(to, left, mask=there)
+        tl.store(to + HALF, right, mask=there)
     else:
         is_query = head < HEADS
         if HAS_NORM:
@@ -71,8 +72,9 @@ def _heads_kernel(
             to = query + (row * HEADS + head) * dim + at
         else:
             to = keys + (slot * KV_HEADS + head - HEADS) * dim + at
-        tl.store(to, turned_left.to(left.dtype), mask=used)
-        tl.store(to + HALF, turned_right.to(left.dtype), mask=used)
+        shown = at < tl.where(is_query, HALF, tl.where(slot >= 0, HALF, 0))
+        tl.store(to, turned_left.to(left.dtype), mask=shown)
+        tl.store(to + HALF, turned_right.to(left.dtype), mask=shown)
 
 
 def rotate_and_write(

@@ -70,6 +70,16 @@ class WorkerConfig(_ProcessConfig):
     kernels: Literal["auto", "native", "torch", "triton"] = Field(
         "auto", description="auto: native on a CPU with a compiler or a built library, else torch; triton: GPU, opt-in"
     )
+    graph_capture_s: float = Field(
+        60.0, ge=0, description="with kernels: triton on a GPU, graphs are captured at start for this long; 0: none"
+    )
+    graph_memory_bytes: int = Field(2 << 30, ge=0, description="device memory that captured graphs may take")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="ranks that share the model: GPUs, or on a CPU processes with torch kernels",
+    )
     threads: int = Field(0, ge=0, le=1024, description="compute threads; 0: one per core of `cores`")
     cores: tuple[int, ...] = Field((), description="CPU cores this worker owns; empty: all it may run on")
     max_context_tokens: int = Field(0, ge=0, description="prompt + output limit; 0: the model's own")

@@ -51,7 +51,7 @@ void tile_rows(const uint32_t* a, long stride, const uint8_t* panel, long units,
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             if constexpr (KIND == BYTES)
-                acc[r][half] = __builtin_convertvector((vi)acc[r][half] - load<vi>(offsets + 16 * half), vf);
+                acc[r][half] = to_float((vi)acc[r][half] - load<vi>(offsets + 16 * half));
             store(sums + r * PANEL + 16 * half, acc[r][half]);
         }
     }

@@ -22,14 +22,47 @@ struct Packed {  // mirrored in ../native.py
     int64_t kind;
 };
 
-typedef int8_t vb __attribute__((vector_size(16)));
-typedef uint8_t vub __attribute__((vector_size(16)));
+// Sixteen bytes as 32-bit integers. By hand: compilers take the generic conversion apart into single elements.
+template <bool SIGNED>
+LW_INLINE vi bytes16(const uint8_t* from) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (vi)(SIGNED ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#elif defined(__AVX2__)
+    __m256i parts[2];
+    for (int i = 0; i < 2; i++) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * i));
+        parts[i] = SIGNED ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
+    }
+    return load<vi>(parts);
+#else
+    vi out;
+    for (int i = 0; i < 16; i++) out[i] = SIGNED ? int8_t(from[i]) : from[i];
+    return out;
+#endif
+}
+
+LW_INLINE void store_bytes(uint8_t* to, vu v) {  // the low byte of each
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    for (int i = 0; i < 16; i++) to[i] = uint8_t(v[i]);
+#endif
+}
+
+LW_INLINE vf to_float(vi x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps((__m512i)x);
+#else
+    return __builtin_convertvector(x, vf);
+#endif
+}
 
 // Sixteen bytes as floats. Both forms have at most 8 significant bits, so bf16 holds them exactly.
 template <int KIND>
 LW_INLINE vf widen16(const uint8_t* from) {
-    if constexpr (KIND == INT8) return __builtin_convertvector(load<vb>(from), vf);
-    const vu bits = __builtin_convertvector(load<vub>(from), vu);  // e4m3: sign, 4 bits of exponent, 3 of mantissa
+    if constexpr (KIND == INT8) return to_float(bytes16<true>(from));
+    const vu bits = (vu)bytes16<false>(from);  // e4m3: sign, 4 bits of exponent, 3 of mantissa
     return (vf)((bits & 0x80u) << 24 | (bits & 0x7Fu) << 20) * splat(0x1p120f);
 }
 
@@ -100,7 +133,7 @@ LW_INLINE float round_row(const T* from, long count, uint8_t* to) {
     const vf whole = splat(step > 0 ? step : 1.0f);  // divided by, as the reference does: ties then fall alike
     for (long c = 0; c < count; c += 16) {
         const vu near = (vu)(load16(from + c) / whole + 12582912.0f);  // the low bits are the nearest integer
-        store(to + c, __builtin_convertvector((near & 0xFFu) ^ 0x80u, vub));
+        store_bytes(to + c, near ^ 0x80u);
     }
     return step;
 }

@@ -54,21 +54,29 @@ class Decoder:
     def _forward(self, ids: torch.Tensor, plan: BatchPlan, on_layers: OnLayers | None) -> torch.Tensor:
         """Hidden states [N, hidden] before the last norm."""
         cache = self.cache
-        hidden = self.weights.embedding[ids].to(self.weights.norm.dtype)  # [N, hidden]
+        hidden = self.embed(ids)  # [N, hidden]
         cos, sin = self.rope.angles(plan.positions, hidden.dtype)  # [N, 1, D]
         for index, layer in enumerate(self.weights.layers):
             query, key, value = self._project(layer, self._norm(hidden, layer.attention_norm))
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
             self.attention.write(plan, cache[index], key, value)
-            if on_layers is not None:
-                on_layers(index, index + 1)
             mixed = self.attention.attend(
                 plan, cache[index], query, key, value, self.config.windows[index]
             )  # [N, H, D]
-            hidden = hidden + apply(layer.output, mixed.reshape(len(hidden), -1))
+            hidden = hidden + self.total(apply(layer.output, mixed.reshape(len(hidden), -1)))
+            if on_layers is not None:  # after a sum over all ranks, if there are any: so their KV is written too
+                on_layers(index, index + 1)
             inner = self._norm(hidden, layer.mlp_norm)
-            hidden = hidden + apply(layer.down, silu(apply(layer.gate, inner)) * apply(layer.up, inner))
+            hidden = hidden + self.total(apply(layer.down, silu(apply(layer.gate, inner)) * apply(layer.up, inner)))
         return hidden
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """[N, hidden] in the compute dtype."""
+        return self.weights.embedding[ids].to(self.weights.norm.dtype)
+
+    def total(self, part: torch.Tensor) -> torch.Tensor:
+        """What this rank adds to the residual stream [N, hidden], summed over all ranks: here there is one."""
+        return part
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, vocab] in fp32 for the rows that are sampled."""

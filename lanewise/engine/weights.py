@@ -17,6 +17,7 @@ import torch
 from lanewise.engine.checkpoint import Checkpoint
 from lanewise.engine.model_config import ModelConfig
 from lanewise.engine.quantise import Linear, quantise
+from lanewise.engine.shard import Shard
 from lanewise.engine.sources import Progress
 from lanewise.errors import ConfigError
 
@@ -76,8 +77,9 @@ def load_weights(
     device: torch.device,
     on_progress: Progress | None = None,
     form: str = "full",
+    shard: Shard = Shard(),  # noqa: B008  frozen
 ) -> Weights:
-    """All weights, those of products in `form` (quantise.FORMS).
+    """The weights of `shard` of the model `config`, those of products in `form` (quantise.FORMS).
 
     ConfigError names the first tensor that is missing, unknown or of a wrong shape.
     """
@@ -86,18 +88,26 @@ def load_weights(
     head_name = EMBEDDING if config.tied_embeddings else "lm_head.weight"
     done = 0
 
-    def tensor(name: str) -> torch.Tensor:
+    def part(name: str) -> torch.Tensor | None:
         nonlocal done
         done += 1
         if on_progress is not None:
             on_progress("load", done, len(shapes))
-        return _place(checkpoint.tensor(name), dtype, device)
+        held = shard.part(name, checkpoint.tensor(name))
+        return None if held is None else _place(held, dtype, device)
+
+    def tensor(name: str) -> torch.Tensor:
+        held = part(name)
+        assert held is not None
+        return held
 
     def product(name: str) -> Linear:
-        bias = tensor(f"{name}.bias") if f"{name}.bias" in shapes else None
+        bias = part(f"{name}.bias") if f"{name}.bias" in shapes else None
         return quantise(Linear(tensor(f"{name}.weight"), bias), form)
 
-    embedding = checkpoint.tensor(EMBEDDING) if device.type == "cpu" else tensor(EMBEDDING)
+    stored = shard.part(EMBEDDING, checkpoint.tensor(EMBEDDING))
+    assert stored is not None
+    embedding = stored if device.type == "cpu" else tensor(EMBEDDING)
     layers = [_layer(shapes, tensor, product, f"model.layers.{index}.") for index in range(config.num_layers)]
     norm = tensor("model.norm.weight")
     shared = config.tied_embeddings and device.type != "cpu"

@@ -6,13 +6,15 @@ Must not: look at the machine (machine.py), start anything (child.py).
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lanewise.errors import ConfigError
 from lanewise.local.machine import Machine
 from lanewise.spec import LLMService
+from lanewise.spec_roles import DecodeRole, PrefillRole
 
 MODULES = {"router": "lanewise.router", "prefill": "lanewise.prefill_worker", "decode": "lanewise.decode_worker"}
 SPARE_CORE_FROM = 8  # on a machine this wide the router gets a core that no worker uses
@@ -48,7 +50,7 @@ class _Share:
 
     cores: tuple[int, ...]  # empty: not pinned
     threads: int
-    gpu: str | None
+    gpus: str | None  # as CUDA_VISIBLE_DEVICES spells them, one for each rank
     sharing: int  # workers on the same memory
 
 
@@ -65,10 +67,10 @@ class Options:
 def plan(service: LLMService, machine: Machine, ports: Iterator[int], options: Options) -> ServicePlan:
     """The processes of `service` on `machine`; `ConfigError` where the resource asks for what a laptop has not."""
     spec = service.spec
-    _refuse_unsupported(service)
+    _refuse_unsupported(service, machine)
     num_prefill, num_decode = count_workers(service, machine)
-    shares = divide(machine, num_prefill + num_decode)
     roles = ["prefill"] * num_prefill + ["decode"] * num_decode
+    shares = divide(machine, [_part(service, role).tensor_parallel for role in roles])
     workers = []
     for index, (role, share) in enumerate(zip(roles, shares, strict=True)):
         number = index if role == "prefill" else index - num_prefill
@@ -111,8 +113,12 @@ def count_workers(service: LLMService, machine: Machine) -> tuple[int, int]:
     return num_prefill, 1 if spec.decode.replicas is None else spec.decode.replicas
 
 
-def divide(machine: Machine, num_workers: int) -> list[_Share]:
-    """Cores and GPUs by worker. Cores are divided without overlap where there are enough; the first get the rest."""
+def divide(machine: Machine, degrees: Sequence[int]) -> list[_Share]:
+    """Cores and GPUs by worker, each given by its tensor-parallel degree.
+
+    Cores are divided without overlap where there are enough; the first get the rest. GPUs go round.
+    """
+    num_workers = len(degrees)
     quota_bound = machine.usable_cores < len(machine.cores)
     # Under a quota the cores belong to other containers too; pinning would crowd everyone onto the lowest numbers.
     cores = machine.cores if not quota_bound else ()
@@ -120,13 +126,19 @@ def divide(machine: Machine, num_workers: int) -> list[_Share]:
     if num_cores >= SPARE_CORE_FROM and num_cores > num_workers:
         cores, num_cores = cores[:-1], num_cores - 1
     shares = []
-    for index in range(num_workers):
+    gpus = _gpus(machine, degrees)
+    for index, mine_of_gpus in enumerate(gpus):
         low, high = (_border(i, num_cores, num_workers) for i in (index, index + 1))
         mine = tuple(cores[low:high]) if high > low else cores[index % num_cores : index % num_cores + 1]
-        gpu = machine.gpus[index % len(machine.gpus)] if machine.gpus else None
-        sharing = len(range(index % len(machine.gpus), num_workers, len(machine.gpus))) if machine.gpus else num_workers
-        shares.append(_Share(mine, max(1, high - low), gpu, sharing))
+        sharing = max((sum(gpu in others for others in gpus) for gpu in mine_of_gpus), default=num_workers)
+        shares.append(_Share(mine, max(1, high - low), ",".join(mine_of_gpus) if mine_of_gpus else None, sharing))
     return shares
+
+
+def _gpus(machine: Machine, degrees: Sequence[int]) -> list[tuple[str, ...]]:
+    """The GPUs of each worker; none where the machine has none."""
+    dealt = itertools.cycle(machine.gpus)
+    return [tuple(itertools.islice(dealt, degree)) for degree in degrees]
 
 
 def _border(index: int, num_cores: int, num_workers: int) -> int:
@@ -134,14 +146,18 @@ def _border(index: int, num_cores: int, num_workers: int) -> int:
     return index * (num_cores // num_workers) + min(index, num_cores % num_workers)
 
 
+def _part(service: LLMService, role: str) -> PrefillRole | DecodeRole:
+    return service.spec.prefill if role == "prefill" else service.spec.decode
+
+
 def _worker_flags(service: LLMService, role: str, share: _Share) -> list[str]:
-    spec, model = service.spec, service.spec.model
-    part = spec.prefill if role == "prefill" else spec.decode
+    spec, model, part = service.spec, service.spec.model, _part(service, role)
     flags = ["--model", model.uri, "--revision", model.revision, "--served-name", model.name]
     flags += ["--threads", str(share.threads), "--sharing", str(share.sharing)]
     flags += ["--cores", ",".join(map(str, share.cores))] if share.cores else []
     flags += ["--dtype", model.dtype] if "dtype" in model.model_fields_set else []
     flags += ["--max-context-tokens", str(model.max_context_tokens)] if model.max_context_tokens else []
+    flags += ["--tensor-parallel", str(part.tensor_parallel)] if part.tensor_parallel > 1 else []
     flags += ["--kv-cache-bytes", str(int(part.kv_cache_memory.value))] if part.kv_cache_memory else []
     flags += ["--kv-channel", spec.transfer.channel] if spec.transfer.channel != "Auto" else []
     flags += ["--ttft-target-s", f"{spec.slo.ttft.seconds:g}"]
@@ -160,15 +176,15 @@ def _process(
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
     }
-    if share.gpu is not None:
-        # One visible GPU each: the worker's own `auto` finds it, or the CPU where torch has no CUDA.
-        environment["CUDA_VISIBLE_DEVICES"] = share.gpu
+    if share.gpus is not None:
+        # Its own GPUs alone are visible: the worker's `auto` finds them, or the CPU where torch has no CUDA.
+        environment["CUDA_VISIBLE_DEVICES"] = share.gpus
     return ProcessPlan(
         name, role, (sys.executable, "-m", MODULES[role], *common, *flags), environment, address, kv_address
     )
 
 
-def _refuse_unsupported(service: LLMService) -> None:
+def _refuse_unsupported(service: LLMService, machine: Machine) -> None:
     spec = service.spec
     if spec.model.uri.startswith("pvc://"):
         raise ConfigError(
@@ -176,8 +192,10 @@ def _refuse_unsupported(service: LLMService) -> None:
         )
     for role in ("prefill", "decode"):
         degree = getattr(spec, role).tensor_parallel
-        if degree > 1:
-            raise ConfigError(f"spec.{role}.tensorParallel: expected 1 with `lanewise up`, got {degree}")
+        if machine.gpus and degree > len(machine.gpus):
+            raise ConfigError(
+                f"spec.{role}.tensorParallel: expected at most the {len(machine.gpus)} GPUs here, got {degree}"
+            )
 
 
 def _key_flags(service: LLMService, options: Options) -> tuple[str, ...]:

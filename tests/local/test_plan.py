@@ -72,19 +72,21 @@ def test_combined_has_all_cores_and_says_so() -> None:
 
 def test_cores_are_shared_out_without_overlap() -> None:
     eleven = Machine(tuple(range(11)), 11, ())
-    shares = divide(eleven, 3)
+    shares = divide(eleven, [1] * 3)
     assert [share.cores for share in shares] == [(0, 1, 2, 3), (4, 5, 6), (7, 8, 9)]  # one is left to the router
     assert [share.threads for share in shares] == [4, 3, 3]
-    crowded = divide(TWO, 5)
+    crowded = divide(TWO, [1] * 5)
     assert [share.cores for share in crowded] == [(0,), (1,), (0,), (1,), (0,)]
     assert {share.threads for share in crowded} == {1}
-    under_quota = divide(Machine(tuple(range(64)), 4, ()), 2)
+    under_quota = divide(Machine(tuple(range(64)), 4, ()), [1, 1])
     assert [(share.cores, share.threads) for share in under_quota] == [((), 2), ((), 2)]
 
 
 def test_gpus_are_dealt_out() -> None:
-    shares = divide(Machine((0, 1, 2, 3), 4, ("0", "1")), 3)
-    assert [(share.gpu, share.sharing) for share in shares] == [("0", 2), ("1", 1), ("0", 2)]
+    shares = divide(Machine((0, 1, 2, 3), 4, ("0", "1")), [1] * 3)
+    assert [(share.gpus, share.sharing) for share in shares] == [("0", 2), ("1", 1), ("0", 2)]
+    shares = divide(Machine((0, 1, 2, 3), 4, ("0", "1", "2")), [2, 2])
+    assert [(share.gpus, share.sharing) for share in shares] == [("0,1", 2), ("2,0", 2)]
     decided = planned(builtin_service(), Machine((0, 1), 2, ("GPU-a", "GPU-b")))
     assert [p.environment.get("CUDA_VISIBLE_DEVICES") for p in decided.processes] == ["GPU-a", "GPU-b", None]
 
@@ -117,12 +119,18 @@ def test_the_resource_reaches_the_flags() -> None:
     ("spec", "message"),
     [
         ({"model": {"uri": "pvc://claim/dir"}}, "Kubernetes claim"),
-        ({"decode": {"tensorParallel": 2}}, "tensorParallel"),
+        ({"decode": {"tensorParallel": 4}}, "tensorParallel: expected at most the 2 GPUs here"),
     ],
 )
 def test_what_a_laptop_has_not_is_refused(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        planned(service(**spec), FOUR)
+        planned(service(**spec), Machine((0, 1, 2, 3), 4, ("0", "1")))
+
+
+def test_ranks_reach_the_flags() -> None:
+    decided = planned(service(decode={"tensorParallel": 2}), FOUR)
+    (prefill, decode), _ = configs(decided)
+    assert (prefill.tensor_parallel, decode.tensor_parallel) == (1, 2)
 
 
 def test_free_ports_are_free_and_below_the_kernels_range() -> None:
