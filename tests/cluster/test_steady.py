@@ -47,7 +47,7 @@ def test_a_steady_service_under_load_is_left_alone(own_cluster: Cluster, chart: 
     worker = {"replicas": 1, "resources": {"requests": {"cpu": "50m"}}, "podTemplate": cluster.worker_pod_template()}
     roles = {"prefill": worker, "decode": worker, "router": {"podTemplate": {}}}
     cluster.apply(idle_service("steady", namespace, disaggregation="Always", **roles))
-    wait_for(lambda: condition(cluster.get("llmservice", "steady", namespace), "Ready") == "True", "the service", 120)
+    wait_for(lambda: condition(cluster.get("llmservice", "steady", namespace), "Ready") == "True", "the service", 300)
 
     def address() -> str:
         return f"{cluster.resolve(f'steady-router.{namespace}.svc')}:{HTTP_PORT}"
