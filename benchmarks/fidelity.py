@@ -28,6 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lanewise.bench.drive import Sample, open_loop
@@ -45,16 +47,27 @@ DATA = Path(__file__).parent / "data"
 LONGEST = 1900  # of the built-in model's context of 2048
 OUTPUT_TOKENS = 4
 TOLERANCE = 0.10
+QUIET_PERCENT, PROFILES = 8.0, 3
 SETTINGS = Settings(model="fable", temperature=0.0, ignore_eos=True, timeout_s=120.0)
 
 
 def measure_profile(folder: Path) -> Profile:
-    """In a process of its own, on the core the prefill worker will have."""
+    """In a process of its own, on the core the prefill worker will have; again when other work was in the way.
+
+    On a quiet machine the fit misses its own shapes by 3 to 6 % on average, beside other work by 20 % and more: then
+    neither it nor anything that is served here says what it should.
+    """
     output = folder / "profile.yaml"
     command = [sys.executable, "-m", "lanewise", "profile", "--cores", "[0]", "--threads", "1", "--output", str(output)]
-    subprocess.run(command, check=True, timeout=240)
-    print(output.read_text())
-    return load_profile(str(output), folder)
+    for _ in range(PROFILES):
+        subprocess.run(command, check=True, timeout=240)
+        print(output.read_text())
+        error = yaml.safe_load(output.read_text())["notes"]["mean_error_percent"]
+        if error <= QUIET_PERCENT:
+            return load_profile(str(output), folder)
+    raise SystemExit(
+        f"the machine is not quiet: the profile misses its own shapes by {error} %, above {QUIET_PERCENT:g}"
+    )
 
 
 def trace(profile: Profile, count: int, load: float, seed: int) -> list[Ask]:

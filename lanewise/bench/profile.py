@@ -23,6 +23,7 @@ from lanewise.config import WorkerConfig, parse_config
 from lanewise.errors import ConfigError
 from lanewise.policy.cost import CostModel
 from lanewise.policy.fit import Fitted, Measured, fit_cost
+from lanewise.policy.refit import WARM_BATCHES
 
 DIGITS = 4  # significant ones in the file
 ANSWER_S = 5.0
@@ -136,7 +137,7 @@ def profile_of_worker(address: str) -> dict[str, Any]:
         raise CommandFailed(f"{address}: the worker sent no statistics") from None
     cost = CostModel.from_mapping(stats.cost)
     if not stats.cost or cost == CostModel():
-        raise CommandFailed(f"{address}: this worker has computed nothing yet, so it has nothing to tell; send it work")
+        raise CommandFailed(f"{address}: this worker has computed no {WARM_BATCHES} batches yet; send it work first")
     return {
         "name": f"{identity.model}@{identity.device}",
         "coefficients": _rounded(cost),

@@ -10,6 +10,7 @@ import yaml
 
 from lanewise.bench.profile import main as profile
 from lanewise.cli import CommandFailed
+from lanewise.policy.refit import WARM_BATCHES
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.sim.service import load_profile
 from tests.e2e.service import Service, generate_all, request, running, service_file, until
@@ -40,13 +41,16 @@ def test_two_instances_take_a_lane_each_and_short_prompts_go_to_theirs(tmp_path:
             10,
             lambda: f"short prompts belong to {short}: {prefill_workers(service)}",
         )
+        for position in range(WARM_BATCHES):  # one after the other: a batch each
+            prompt = [(41 * position + index) % 3000 + 50 for index in range(8)]
+            asyncio.run(generate_all(service.grpc, [request(prompt, max_tokens=2, temperature=0.0)]))
         _profile_of_a_running_worker(service, short, tmp_path)
 
 
 def _computed(service: Service, name: str, *, other: bool = False) -> bool:
     """Whether that prefill worker (or the other one) has sent KV of any request."""
     found = [worker for worker in prefill_workers(service) if (worker.description.name == name) != other]
-    return any(any(c.key == "delivered" and c.value for c in worker.stats.counters) for worker in found)
+    return any(worker.stats.counters["delivered"] for worker in found)
 
 
 def _profile_of_a_running_worker(service: Service, name: str, directory: Path) -> None:
@@ -58,5 +62,5 @@ def _profile_of_a_running_worker(service: Service, name: str, directory: Path) -
     assert measured.kv_bytes_per_token == 5120
     assert 0 < measured.cost.alone(64) < 5
     assert "refitted" in yaml.safe_load(output.read_text())["notes"]["source"]
-    with pytest.raises(CommandFailed, match="computed nothing yet"):
+    with pytest.raises(CommandFailed, match="no 10 batches yet"):
         profile(["--worker", by_name.popitem()[1]])
