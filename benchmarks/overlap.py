@@ -1,6 +1,6 @@
 """What a transfer costs where it can be seen: the second token, and the throughput of prefill.
 
-    python benchmarks/overlap.py [--shape small wide] [--rounds 5] [--json]
+    python benchmarks/overlap.py [--shape small wide] [--rounds 3] [--json]
 
 A prefill and a decode worker are two processes with the real loops, one core each, and no router. Three ways take turns
 with fresh prompts: `local` (the decode worker prefills), `overlapped` (as served), and `after` (nothing is sent before
@@ -312,21 +312,29 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    results = [measure(name, args.rounds) for name in args.shape]
+    results = []
+    for name in args.shape:
+        results.append(measure(name, args.rounds))
+        if not args.json:
+            show(results[-1])
     if args.json:
         print(json.dumps(results))
-        return
-    for row in results:
-        print(f"{row['shape']}, {row['tokens']} tokens; {row['rounds']} rounds in {row['taken_s']:.0f} s")
-        print(f"  prefill {row['prefill_s'] * 1000:.0f} ms; second token later than with local prefill:")
-        for mode, delay in row["delay_s"].items():
-            print(f"    {mode:<11}{delay * 1000:8.1f} ms  {100 * row['delay_of_prefill'][mode]:6.1f} % of prefill")
-        print(f"  overlapped / after: {100 * row['overlapped_of_after']:.0f} %")
-        share = 100 * row["throughput_with_8_transfers"]
-        print(f"  prefill throughput with {CROWD} transfers of {row['crowd_tokens']} tokens: {share:.1f} % of none")
+
+
+def show(row: dict[str, Any]) -> None:
+    print(f"{row['shape']}, {row['tokens']} tokens; {row['rounds']} rounds in {row['taken_s']:.0f} s")
+    print(f"  prefill {row['prefill_s'] * 1000:.0f} ms; second token later than with local prefill:")
+    for mode, delay in row["delay_s"].items():
+        print(f"    {mode:<11}{delay * 1000:8.1f} ms  {100 * row['delay_of_prefill'][mode]:6.1f} % of prefill")
+    print(f"  overlapped / after: {100 * row['overlapped_of_after']:.0f} %")
+    share = 100 * row["throughput_with_8_transfers"]
+    print(
+        f"  prefill throughput with {CROWD} transfers of {row['crowd_tokens']} tokens: {share:.1f} % of none",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

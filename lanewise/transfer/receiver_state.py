@@ -22,6 +22,7 @@ from lanewise.transfer.protocol import (
 from lanewise.transfer.records import Binding, Committed, Key, Offered, Pages, Slice
 
 _MAX_BAD = 256
+_ENTERED = {state: Entered(f"recv.{state}") for state in ReceiverState}
 
 
 class Contradiction(Exception):
@@ -199,7 +200,7 @@ class ReceiverTransfer:
             return []
         changed = after is not self.state
         self.state = after
-        return [Entered(f"recv.{after}")] if changed else []
+        return [_ENTERED[after]] if changed else []
 
 
 def _token(key: Key, commit: m.Commit) -> Token:

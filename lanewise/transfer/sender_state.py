@@ -16,6 +16,7 @@ from lanewise.transfer.send_window import BrokenTransfer, Job, SendWindow
 MAX_BEGINS = 4
 
 _NEVER = float("inf")
+_ENTERED = {state: Entered(f"send.{state}") for state in SenderState}
 
 
 class SenderTransfer:
@@ -235,4 +236,4 @@ class SenderTransfer:
         if after is None:
             return []
         self.state = after
-        return [Entered(f"send.{after}")]
+        return [_ENTERED[after]]
