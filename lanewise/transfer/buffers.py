@@ -23,6 +23,8 @@ class Buffers:
         """A buffer of at least this size; the one that came back last, which may still be in a cache."""
         while self._lent and self._lent[0][0].done:
             self.give_back(self._lent.popleft()[1])
+        if len(self._lent) > self._most:
+            self._look_behind()
         if self._free and self._free[-1].nbytes >= num_bytes:
             return self._free.pop()
         self._free.clear()  # all are of the size of chunks so far
@@ -31,6 +33,13 @@ class Buffers:
     def lend(self, buffer: NDArray[np.uint8], tracker: zmq.MessageTracker) -> None:
         """The network reads from the buffer until the tracker is done."""
         self._lent.append((tracker, buffer))
+
+    def _look_behind(self) -> None:
+        """Buffers come back in order on one connection; one that is stuck must not hold those of the others."""
+        done = [buffer for tracker, buffer in self._lent if tracker.done]
+        self._lent = deque(each for each in self._lent if not each[0].done)
+        for buffer in done:
+            self.give_back(buffer)
 
     def give_back(self, buffer: NDArray[np.uint8]) -> None:
         """Nobody reads from it any more."""

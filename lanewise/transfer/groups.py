@@ -122,7 +122,7 @@ class ReceiverGroups:
                 self._on_chunk(self._partners[pair], header, self.port.slot(slot, num_bytes))
                 self.port.done(slot)
             case ("broken", str(pair), reason):
-                log.warning("process group with %s ended: %s", self._partners.pop(pair), reason)
+                log.warning("process group with %s ended: %s", self._partners.pop(pair, pair), reason)
             case ("dead", reason):
                 log.warning("the process for process groups ended: %s; ZeroMQ carries on", reason)
                 self._partners.clear()

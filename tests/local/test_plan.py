@@ -157,3 +157,12 @@ def test_keys_reach_workers_and_router_only_where_the_service_asks_for_encryptio
                 assert ("--secret-dir" in process.argv) is on
             data = process.role == "decode" and encryption == "Authenticated"
             assert ("--kv-data-listen" in process.argv) is data
+
+
+def test_the_channel_reaches_both_workers_where_it_is_not_left_open() -> None:
+    for channel in ("Auto", "ZeroMQ", "NCCL", "IPC"):
+        wanted = service(transfer={"channel": channel}, prefill={"replicas": 1}, disaggregation="Always")
+        decided = plan(wanted, TWO, iter(count(20000)), Options("127.0.0.1:8000", "127.0.0.1:50051"))
+        for process in decided.processes:
+            told = process.argv[process.argv.index("--kv-channel") + 1] if "--kv-channel" in process.argv else "Auto"
+            assert told == (channel if process.role != "router" else "Auto")

@@ -15,7 +15,7 @@ import pytest
 
 from lanewise.errors import ConfigError
 from lanewise.transfer import Aborted, Delivered, Faults, Limits, Peer
-from lanewise.transfer.group_port import check
+from lanewise.transfer.group_port import check, group_host
 
 LOCAL = "127.0.0.1"
 LIMITS = Limits(chunk_bytes=4096)
@@ -111,6 +111,13 @@ def test_a_partner_that_dies_or_freezes_ends_its_transfers_in_time(net, far, blo
     prefill.sender.commit(("r", 1), net.token(("r", 1)))
     prefill.log.wait(Aborted, ("r", 1), 20)
     assert time.monotonic() - started < net.steady.grant_wait_s + net.steady.dead_s + 5
+
+
+def test_groups_live_at_the_host_of_the_workers_address():
+    assert group_host("NCCL", "tcp://10.0.0.7:5005") == "10.0.0.7"
+    assert group_host("NCCL", "tcp://[fd00::1]:5005") == "fd00::1"
+    assert group_host("NCCL", "decode-0") == "decode-0"
+    assert group_host("ZeroMQ", "10.0.0.7:5005") == group_host("Auto", "10.0.0.7:5005") == ""
 
 
 def test_what_is_not_built_is_refused_by_name():
