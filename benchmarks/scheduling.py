@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,9 @@ class Load:
     name: str
     clients: int = 0
     rate: float = 0.0
+
+
+Figures = Callable[[Sequence[Sample]], dict[str, float]]
 
 
 async def run(url: str, load: Load, asks: Sequence[Ask], seed: int) -> list[Sample]:
@@ -117,36 +120,36 @@ def start(stack: ExitStack) -> dict[str, Service]:
 
 
 def compare(
-    services: dict[str, Service], loads: Sequence[Load], asks: Sequence[Sequence[Ask]], runs: int, figures: Any
-) -> dict[str, dict[str, dict[str, float]]]:
-    """load -> policy -> medians over the runs."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for load, requests in zip(loads, asks, strict=True):
-        collected: dict[str, list[dict[str, float]]] = {policy: [] for policy in services}
-        for number in range(runs):
-            order = list(services)
-            random.Random(number).shuffle(order)
-            for policy in order:
-                seed = zlib.crc32(f"{load.name} {number}".encode())  # prompts no run before had: caches stay cold
-                samples = asyncio.run(run(f"grpc://{services[policy].grpc}", load, requests, seed))
-                collected[policy].append(figures(samples))
-            print(f"{load.name}: run {number + 1} of {runs} after {time.monotonic() - STARTED:.0f} s", flush=True)
-        found[load.name] = {policy: medians(collected[policy]) for policy in services}
-    return found
+    services: dict[str, Service], load: Load, asks: Sequence[Ask], runs: int, figures: Figures
+) -> dict[str, dict[str, float]]:
+    """policy -> medians over the runs."""
+    collected: dict[str, list[dict[str, float]]] = {policy: [] for policy in services}
+    for number in range(runs):
+        order = list(services)
+        random.Random(number).shuffle(order)
+        seed = zlib.crc32(f"{load.name} {number}".encode())  # prompts no run before had: caches stay cold
+        for policy in order:
+            samples = asyncio.run(run(f"grpc://{services[policy].grpc}", load, asks, seed))
+            collected[policy].append(figures(samples))
+        print(f"{load.name}: run {number + 1} of {runs} after {time.monotonic() - STARTED:.0f} s", flush=True)
+    return {policy: medians(collected[policy]) for policy in services}
 
 
 def mixed(services: dict[str, Service], runs: int, requests: int) -> tuple[dict[str, Any], bool]:
     """The mixed workload: closed loops of 4 and 16, then Poisson at a share of what the latter served."""
     lengths, outputs = Lengths.parse(PROMPTS), Lengths.parse(OUTPUTS)
     asks = synthetic(requests, None, lengths, outputs, 0)
-    loads = [Load("4 clients", clients=4), Load("16 clients", clients=16)]
-    found = compare(services, loads, [asks, asks], runs, mixed_figures)
-    rate = POISSON_LOAD * found["16 clients"]["fcfs-8192"]["rate"]
-    poisson = Load(f"Poisson {rate:.1f}/s", rate=rate)
-    found |= compare(services, [poisson], [synthetic(requests, rate, lengths, outputs, 1)], runs, mixed_figures)
-    for name, by_policy in found.items():
+    found: dict[str, Any] = {}
+
+    def add(load: Load, asks: Sequence[Ask]) -> None:
+        found[load.name] = compare(services, load, asks, runs, mixed_figures)
         columns = ("rate", "short_ttft_p50", "short_ttft_p99", "long_ttft_p50", "long_ttft_p99")
-        show(f"mixed, {name}: requests/s, ms", by_policy, (*columns, "short_itl_p50", "short_itl_p99"))
+        show(f"mixed, {load.name}: requests/s, ms", found[load.name], (*columns, "short_itl_p50", "short_itl_p99"))
+
+    add(Load("16 clients", clients=16), asks)
+    add(Load("4 clients", clients=4), asks)
+    rate = POISSON_LOAD * found["16 clients"]["fcfs-8192"]["rate"]
+    add(Load(f"Poisson {rate:.1f}/s", rate=rate), synthetic(requests, rate, lengths, outputs, 1))
     ours, plain = found["16 clients"]["lanewise"], found["16 clients"]["fcfs-8192"]
     share = ours["short_ttft_p50"] / plain["short_ttft_p50"]
     spread = ours["short_itl_p99"] / ours["short_itl_p50"]
@@ -157,19 +160,18 @@ def mixed(services: dict[str, Service], runs: int, requests: int) -> tuple[dict[
 def closed(services: dict[str, Service], runs: int) -> tuple[dict[str, Any], bool]:
     """Closed loops on lmsys lengths: never slower than the better of the plain queues."""
     lengths = [min(r.prompt_tokens, LONGEST) for r in read_trace(DATA / "lmsys10k_lengths.csv.gz").requests]
-    loads = [Load(f"{clients} clients", clients=clients) for clients in CLOSED_CLIENTS]
-    counts = [40 + 4 * clients for clients in CLOSED_CLIENTS]
-    asks = [[Ask(i, None, n, 1, "") for i, n in enumerate(lengths[:count])] for count in counts]
     chosen = {policy: services[policy] for policy in ("lanewise", *PLAIN)}
-    found = compare(chosen, loads, asks, runs, _closed_figures)
-    reached = True
-    for name, by_policy in found.items():
+    found, reached = {}, True
+    for clients in CLOSED_CLIENTS:
+        load = Load(f"{clients} clients", clients=clients)
+        asks = [Ask(i, None, n, 1, "") for i, n in enumerate(lengths[: 40 + 4 * clients])]
+        by_policy = found[load.name] = compare(chosen, load, asks, runs, _closed_figures)
         ours = by_policy["lanewise"]
         rate = ours["rate"] / max(by_policy[policy]["rate"] for policy in PLAIN)
         wait = min(by_policy[policy]["ttft_p50"] for policy in PLAIN) / ours["ttft_p50"]
         reached = reached and rate >= 0.95 and wait >= 0.95
-        show(f"lmsys lengths, {name}: requests/s, median TTFT ms", by_policy, ("rate", "ttft_p50"))
-        print(f"{name}: throughput {rate:.3f} of the better plain queue, median TTFT {wait:.3f} (at least 0.95)")
+        show(f"lmsys lengths, {load.name}: requests/s, median TTFT ms", by_policy, ("rate", "ttft_p50"))
+        print(f"{load.name}: throughput {rate:.3f} of the better plain queue, median TTFT {wait:.3f} (at least 0.95)")
     return found, reached
 
 

@@ -19,7 +19,7 @@ from lanewise.policy.cost import CostModel
 SAMPLED = 4  # candidates scored by one of several routers, so that they do not herd to the same worker
 SAMPLE_FROM = 16  # prefill workers from which on a router samples; below, scoring all costs nothing
 
-FULL_BATCH = 0.1  # of the TTFT target: how long a batch of the worker lasts, a little below length_aware.QUANTUM
+FULL_BATCH = 0.1  # of the TTFT target: how long a batch of the worker lasts, a little below sizing.QUANTUM
 AHEAD = 4.0  # queued work that a prompt waits for, in multiples of its own length
 BACKLOG = 0.05  # weight of the rest of the queue
 
