@@ -65,7 +65,7 @@ def test_a_steady_service_under_load_is_left_alone(own_cluster: Cluster, chart: 
     assert {event.kind for event in writes} <= {STATUS}
     times = [event.received_s for event in writes]
     assert all(later - earlier > STATUS_EVERY_S - CLOCK_S for earlier, later in pairwise(times)), times
-    # By whomever: what an operator does in vain shows as the work of controllers, too. The kubelet alone repeats itself.
+    # By whomever: what an operator does in vain shows as the work of controllers, too. The kubelet repeats itself.
     others = [event for event in cluster.audit.events(mark, namespace=namespace) if event.is_write]
     others = [event for event in others if (event.user, event.kind) != (f"system:node:{cluster.node}", "pods/status")]
     assert {(event.user, event.verb, event.kind, event.name) for event in others if event.kind != STATUS} == set()
