@@ -146,7 +146,7 @@ class Limits:
     max_chunk_bytes: int = 4 * MIB
     """Largest chunk a receiver takes; a sender uses the smaller of its own and the partner's."""
     stripes: int = 1
-    window_bytes: int = 8 * MIB
+    window_bytes: int = 16 * MIB
     credit_bytes: int = 256 * MIB
     probe_bytes: int = MIB
     control_hwm: int = 1000
