@@ -13,10 +13,11 @@ from torch.nn.functional import silu
 
 from lanewise.engine.model import Decoder, OnLayers
 from lanewise.engine.model_config import ModelConfig
-from lanewise.engine.quantise import apply
+from lanewise.engine.quantise import Linear, apply
 from lanewise.engine.weights import LayerWeights, Weights
 from lanewise.kernels.select import Attention
 from lanewise.kernels.triton_attention import TritonAttention
+from lanewise.kernels.triton_bytes import bytes_product
 from lanewise.kernels.triton_rows import add_norm, rotate_and_write
 
 
@@ -43,11 +44,21 @@ class TritonDecoder(Decoder):
             if on_layers is not None:
                 on_layers(index, index + 1)
             mixed = self._kernels.attend(plan, self.cache[index], query, self.config.windows[index])
-            inner = add_norm(hidden, apply(layer.output, mixed.flatten(1)), layer.mlp_norm, eps)
-            update = apply(layer.down, silu(apply(layer.gate, inner)) * apply(layer.up, inner))
+            inner = add_norm(hidden, product(layer.output, mixed.flatten(1)), layer.mlp_norm, eps)
+            update = product(layer.down, silu(product(layer.gate, inner)) * product(layer.up, inner))
         return hidden if update is None else hidden + update
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return product(self.weights.head, self._norm(hidden, self.weights.norm)).float()
 
     def _inputs(self, layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
         """[N, H + 2 G, D]: query, key and value heads."""
-        parts = [apply(part, normed) for part in (layer.query, layer.key, layer.value)]
+        parts = [product(part, normed) for part in (layer.query, layer.key, layer.value)]
         return torch.cat(parts, 1).view(len(normed), -1, self.config.head_dim)
+
+
+def product(layer: Linear, rows: torch.Tensor) -> torch.Tensor:
+    """As `quantise.apply`; what the library has no product for is done by a kernel of ours where there is one."""
+    if layer.scales is None or layer.rounded_rows or layer.weight.dtype != torch.int8:
+        return apply(layer, rows)
+    return bytes_product(rows, layer.weight, layer.scales, layer.bias)

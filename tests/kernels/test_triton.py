@@ -11,8 +11,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported and when a kernel is defined
 pytest.importorskip("triton")
 
+from lanewise.engine.quantise import Linear, apply, quantise
 from lanewise.kernels.plan import Span
 from lanewise.kernels.triton_attention import TritonAttention
+from lanewise.kernels.triton_bytes import bytes_product
 from lanewise.kernels.triton_rows import add_norm, gather, rotate_and_write, scatter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +86,8 @@ def test_a_row_does_not_depend_on_its_company():
         assert torch.equal(alone, together[rows])
 
 
-def test_a_whole_model_agrees_with_torch(tmp_path):
+@pytest.mark.parametrize("form", ["full", "int8"])
+def test_a_whole_model_agrees_with_torch(form, tmp_path):
     """Every fused phase in its place: a prompt in two chunks, then decode, with head norms, a window and biases."""
     import transformers
 
@@ -102,7 +105,13 @@ def test_a_whole_model_agrees_with_torch(tmp_path):
     found = []
     for kernels in ("torch", "triton"):
         settings = WorkerConfig(
-            model=str(tmp_path), kernels=kernels, device=DEVICE.type, dtype="float32", threads=1, kv_cache_bytes=1 << 20
+            model=str(tmp_path),
+            kernels=kernels,
+            device=DEVICE.type,
+            dtype="float32",
+            threads=1,
+            kv_cache_bytes=1 << 20,
+            weights=form,
         )
         engine = Engine.load(settings)
         assert engine.kernels == kernels
@@ -121,6 +130,16 @@ def test_a_whole_model_agrees_with_torch(tmp_path):
 def test_head_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="head size 48"):
         TritonAttention(48, KV_HEADS, PAGE, torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("count", [1, 17])
+def test_products_with_int8_weights(count, with_bias):
+    layer = quantise(Linear(random(70, 40), random(70, seed=1) if with_bias else None), "int8")
+    rows = random(count, 40, seed=2)
+    assert layer.scales is not None
+    found = bytes_product(rows, layer.weight, layer.scales, layer.bias)
+    torch.testing.assert_close(found, apply(layer, rows), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("with_update", [False, True])
