@@ -162,7 +162,7 @@ def test_pools_serve_by_the_cheapest_mix_and_spill_into_the_other(tmp_path: Path
     path = tmp_path / "pools.yaml"
     path.write_text(POOLS)
     pools = read_pools(path, PROFILE)
-    day = Day(14.0, 3.5, seconds=2400.0)
+    day = Day(14.0, 3.5, seconds=1200.0)
     workload = arrivals(day, mix(), 5)
     service = PooledService(config(), PROFILE, pools, (1, 1), START_S, no_floors, gpus=12)
     cluster = PooledCluster(service, workload, Policy(replace(RULES, down_stabilization_s=60.0)))
