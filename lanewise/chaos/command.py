@@ -106,21 +106,16 @@ async def _campaign(options: argparse.Namespace, kinds: tuple[str, ...], directo
             async with asyncio.TaskGroup() as group:
                 group.create_task(injector.run())
                 group.create_task(traffic.run(options.requests, options.concurrency, lambda: injector.done))
-            stories = [await _story(client, *each) for each in slowest(injector.hits, traffic.trips, SLOWEST)]
         finally:
             await client.close()
         leaked = await service.leaked_blocks()
+    stories = [_story(*each) for each in slowest(injector.hits, traffic.trips, SLOWEST)]
     return summarise(traffic.trips, injector.hits, leaked, injector.unreachable, options.seed, stories)
 
 
-async def _story(client: AsyncClient, hit: Hit, trip: Trip, seconds: float) -> dict[str, Any]:
-    """What the router did with a request that was slow to go on."""
-    try:
-        told = await client.explain(trip.request_id)
-        steps = [f"{step.at_ms:.0f} ms, epoch {step.epoch}: {step.what} {step.detail}" for step in told]
-    except LanewiseError as error:  # it remembers the latest requests only
-        steps = [error.message]
-    return {"fault": hit.fault.spec, "process": hit.fault.process, "recovery_s": round(seconds, 2), "steps": steps}
+def _story(hit: Hit, trip: Trip, seconds: float) -> dict[str, Any]:
+    fault = hit.fault
+    return {"fault": fault.spec, "process": fault.process, "recovery_s": round(seconds, 2), "steps": trip.story}
 
 
 def _show(report: dict[str, Any]) -> None:

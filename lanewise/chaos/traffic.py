@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from lanewise.client import Accepted, AsyncClient, Delta, Finished
 from lanewise.errors import LanewiseError
@@ -24,6 +25,8 @@ TOKEN_IDS = (100, 4000)
 HANG_S = 45.0
 """A request that has not ended by then hangs: beyond every deadline of the protocol and of the router's holding."""
 CANCEL_SHARE = 0.05
+SLOW_S = 2.0
+"""A request that waits longer for any of its tokens is asked about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Trip:
     outcome: str = ""  # ok, wrong, hung, cancelled, or the code of the error
     detail: str = ""
     request_id: str = ""  # the router's
+    story: list[str] = field(default_factory=list)  # of a slow one: what the router did with it
 
     def next_after(self, at: float, first: int = 0) -> float:
         """When the first token after `at` came, not counting the `first` ones of the answer; or the end."""
@@ -128,6 +132,17 @@ class Traffic:
         except LanewiseError as error:
             trip.outcome, trip.detail = str(error.code), error.message
         trip.ended = time.monotonic()
+        times = [trip.started, *trip.token_at, trip.ended]
+        if max(later - earlier for earlier, later in pairwise(times)) > SLOW_S:
+            trip.story = await self._story(trip.request_id)
+
+    async def _story(self, request_id: str) -> list[str]:
+        """Asked for at once: the router remembers the latest requests only."""
+        try:
+            told = await self._client.explain(request_id)
+        except LanewiseError as error:
+            return [error.message]
+        return [f"{step.at_ms:.0f} ms, epoch {step.epoch}: {step.what} {step.detail}" for step in told]
 
 
 class _Leave(Exception):
