@@ -123,7 +123,7 @@ def _decode_penalty(request: RouteRequest, view: WorkerView, fleet: Sequence[Wor
     step = cost.decode(running, context)
     if stats.running_requests:
         step = max(step, stats.decode_step_s)
-    elif running == 1 and stats.decode_step_s == 0:
+    elif running == 1:
         step = min(step, _measured_step(request, view, fleet))
     late = max(step - request.tpot_target_s, 0.0) * request.max_tokens
     capacity = max(stats.kv_capacity_tokens or view.identity.kv_capacity_tokens, 1)
@@ -132,9 +132,11 @@ def _decode_penalty(request: RouteRequest, view: WorkerView, fleet: Sequence[Wor
 
 
 def _measured_step(request: RouteRequest, view: WorkerView, fleet: Sequence[WorkerView]) -> float:
-    """What workers on such a device have measured, for one that has never decoded: its own profile may be far too slow,
-    and nothing would ever correct it, since it would be given nothing. Infinite where nobody has measured."""
-    known = (peer for peer in fleet if peer.stats.decode_step_s > 0 and peer.identity.device == view.identity.device)
+    """What workers on such a device measure now, for one that decodes nothing: its own cost is a profile, or was fitted
+    when it started beside others, and nothing would ever correct it, since it would be given nothing. Infinite where
+    nobody measures."""
+    busy = (peer for peer in fleet if peer.stats.running_requests and peer.stats.decode_step_s > 0)
+    known = (peer for peer in busy if peer.identity.device == view.identity.device)
     return min((worker_cost(peer).decode(1, request.prompt_tokens) for peer in known), default=math.inf)
 
 

@@ -151,19 +151,19 @@ def d(name: str, cost: dict[str, float] = COST, **stats: object) -> WorkerView:
     return replace(view, stats=replace(view.stats, cost=cost))
 
 
-def test_a_decode_worker_that_has_measured_nothing_is_taken_for_as_fast_as_its_like() -> None:
-    """Its profile says it is too slow; were that believed, nothing would ever show that it is wrong."""
+def test_an_idle_decode_worker_is_taken_for_as_fast_as_its_like() -> None:
+    """It says of itself that it is too slow; were that believed, nothing would ever show that it is wrong."""
     ask = replace(ASK, tpot_target_s=0.05, max_tokens=400)
     busy = d("busy", running_requests=8, running_context_tokens=8000, decode_step_s=0.02)
-    unproven = d("new", SLOW_COST)
-    pair = choose_pair(ask, fleet(p("p0"), decode=(busy, unproven)), 0.0, 0)
+    for idle in (d("idle", SLOW_COST), d("idle", SLOW_COST, decode_step_s=1.0)):
+        pair = choose_pair(ask, fleet(p("p0"), decode=(busy, idle)), 0.0, 0)
+        assert pair is not None
+        assert pair.decode == "idle"
+    working = d("slow", SLOW_COST, running_requests=1, running_context_tokens=1000, decode_step_s=1.0)
+    pair = choose_pair(ask, fleet(p("p0"), decode=(busy, working)), 0.0, 0)
     assert pair is not None
-    assert pair.decode == "new"
-    proven = d("new", SLOW_COST, decode_step_s=1.0)
-    pair = choose_pair(ask, fleet(p("p0"), decode=(busy, proven)), 0.0, 0)
-    assert pair is not None
-    assert pair.decode == "busy", "what it has measured counts"
-    other = replace(unproven, identity=replace(unproven.identity, device="slower"))
+    assert pair.decode == "busy", "what it measures counts"
+    other = replace(idle, identity=replace(idle.identity, device="slower"))
     pair = choose_pair(ask, fleet(p("p0"), decode=(busy, other)), 0.0, 0)
     assert pair is not None
     assert pair.decode == "busy", "another device is another matter"
