@@ -61,8 +61,4 @@ def unsupported(service: LLMService) -> str | None:
         return f"spec.transfer.channel: expected Auto or ZeroMQ with this version, got {spec.transfer.channel}"
     if spec.router.tls is not None:
         return "spec.router.tls: this version serves plain HTTP and gRPC; terminate TLS in front of the router"
-    for role in names.WORKERS:
-        degree = getattr(spec, role).tensor_parallel
-        if degree > 1:
-            return f"spec.{role}.tensorParallel: expected 1 with this version, got {degree}"
     return None

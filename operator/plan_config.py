@@ -116,6 +116,8 @@ def _worker(service: LLMService, context: PlanContext, role: str) -> dict[str, A
             fields["kv_data_listen"] = f"tcp://0.0.0.0:{names.KV_DATA_PORT}"
     if model.max_context_tokens:
         fields["max_context_tokens"] = model.max_context_tokens
+    if part.tensor_parallel > 1:
+        fields["tensor_parallel"] = part.tensor_parallel
     if part.kv_cache_memory:
         fields["kv_cache_bytes"] = int(part.kv_cache_memory.value)
     cpu: Quantity | None = part.resources.limits.get("cpu") or part.resources.requests.get("cpu")

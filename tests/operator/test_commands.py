@@ -37,11 +37,18 @@ def test_manifests_as_json_says_what_is_missing(capsys: pytest.CaptureFixture[st
     kinds = [item["kind"] for item in json.loads(said.out)["items"]]
     assert kinds.count("Deployment") == 1
     assert "workers follow once the model is downloaded" in said.err
-    assert "spec.prefill.tensorParallel" in said.err
+    assert "Unsupported" not in said.err
     assert cli.main(["manifests", file, "--json", "--commit", "0" * 40, "--monitors"]) == 0
     kinds = [item["kind"] for item in json.loads(capsys.readouterr().out)["items"]]
     assert kinds.count("Deployment") == 3
     assert {"PodMonitor", "ServiceMonitor"} <= set(kinds)
+
+
+def test_manifests_says_what_the_operator_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text(FABLE.read_text() + "\n  transfer: {channel: NCCL}\n")
+    assert cli.main(["manifests", str(file)]) == 0
+    assert "Degraded/Unsupported): spec.transfer.channel" in capsys.readouterr().err
 
 
 def test_manifests_of_a_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,7 +170,6 @@ def test_a_change_of_configuration_restarts_only_whom_it_concerns() -> None:
         ({"transfer__encryption": "Full"}, "spec.transfer.secretRef"),
         ({"transfer__channel": "NCCL"}, "spec.transfer.channel"),
         ({"router__tls": {"secretName": "x"}}, "spec.router.tls"),
-        ({"decode__tensorParallel": 2}, "spec.decode.tensorParallel"),
     ],
 )
 def test_what_this_version_cannot_do_is_named(change: dict[str, Any], field: str) -> None:
@@ -186,6 +185,15 @@ def test_a_rendering_that_is_not_known_is_refused() -> None:
 def config_of(made: Plan, role: str) -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load(made.config[role])
     return found
+
+
+def test_ranks_are_told_to_the_worker_and_asked_for_as_gpus() -> None:
+    made = plan(changed("full", decode__resources={}, decode__tensorParallel=4), context())
+    for role, degree in (("prefill", 2), ("decode", 4)):
+        container = made.deployments[role]["spec"]["template"]["spec"]["containers"][0]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == str(degree)
+        assert config_of(made, role)["tensor_parallel"] == degree
+    assert "tensor_parallel" not in config_of(plan(service("fable"), context()), "prefill")
 
 
 def test_an_encrypted_service_mounts_its_keys_and_is_probed_in_the_clear() -> None:
