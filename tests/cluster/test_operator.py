@@ -300,7 +300,7 @@ def test_a_stalled_decode_leaves_prefill_with_its_old_template_and_configuration
     assert "ErrImageNeverPull" in wait_degraded(cluster, sleeping, "PodsFailing")
     cluster.delete("deployment", f"{NAME}-router", sleeping)  # events enough to tempt it
     cluster.kubectl("scale", "deployment", f"{NAME}-prefill", "-n", sleeping, "--replicas=5")
-    wait_for(lambda: deployments(cluster, sleeping)["router"], "the router to return", REPAIR_S)
+    wait_for(lambda: deployments(cluster, sleeping).get("router"), "the router to return", REPAIR_S)
     now = wait_for(
         lambda: (found := deployments(cluster, sleeping)["prefill"])["spec"]["replicas"] == 2 and found,
         "a held role to keep its count",
