@@ -73,5 +73,5 @@ def test_a_start_says_where_its_time_went(build_model, load):
     engine = load(build_model("qwen2")[0])
     engine.warm_up()
     assert list(engine.startup_s) == ["import", "open", "load", "pack", "warm"]
-    assert all(0 <= seconds < 600 for seconds in engine.startup_s.values())
-    assert engine.startup_s["import"] > 0.1
+    assert engine.startup_s["import"] > 0.1  # the age of this process, which may have tested for an hour
+    assert all(0 <= seconds < 100 for name, seconds in engine.startup_s.items() if name != "import")
