@@ -98,6 +98,10 @@ class GroupPort:
         """`pair`: a name never used before, the same on both sides. joined or broken follows."""
         self._order("join", pair, rank, host, port)
 
+    def leave(self, pair: str) -> None:
+        """The sending side has no more for it. What was ordered before still goes; the partner hears that it broke."""
+        self._order("leave", pair)
+
     # --- sending
 
     @property

@@ -47,6 +47,7 @@ class SenderGroups:
         pair = self._pairs.get(address)
         if not ack.group_port or ack.refusal or (pair and pair.partner == ack.src):
             return None
+        self.forget(address)  # of an incarnation that was there before
         pair = self._pairs[address] = _Pair("", address, ack.src, ack.group_port)
         return self._join(pair)
 
@@ -57,7 +58,8 @@ class SenderGroups:
 
     def forget(self, address: str) -> None:
         """Nothing uses this address any more."""
-        self._pairs.pop(address, None)
+        if pair := self._pairs.pop(address, None):
+            self.port.leave(pair.name)
 
     def _join(self, pair: _Pair) -> m.Join:
         pair.name, pair.again_at = uuid.uuid4().hex, float("inf")
@@ -106,7 +108,9 @@ class ReceiverGroups:
         while not self.store_port:
             select.select([self.port.socket], [], [], max(0.0, ends - time.monotonic()))
             self.port.on_readable()
-            if not self.port.alive or time.monotonic() >= ends:
+            if not self.port.alive:
+                raise ConfigError("the process for channel NCCL ended at its start; its own output says why")
+            if not self.store_port and time.monotonic() >= ends:
                 raise ConfigError(f"the process for channel NCCL did not start within {START_S:g} s")
 
     def join(self, join: m.Join) -> None:

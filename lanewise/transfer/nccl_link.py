@@ -47,7 +47,7 @@ class Side:
         self.slots = list(flat[: slots * slot_bytes].view(slots, slot_bytes).unbind(0))
         self.free: queue.Queue[int] = queue.Queue()  # of a receiver
         self._orders = orders
-        self._outgoing: dict[str, queue.Queue[tuple[int, bytes, int]]] = {}
+        self._outgoing: dict[str, queue.Queue[tuple[int, bytes, int] | None]] = {}  # None: leave
 
     def tell(self, *words: Any) -> None:
         self._orders.send(msgspec.msgpack.encode(words))
@@ -65,10 +65,10 @@ class Side:
             if word == "join":
                 self._outgoing[rest[0]] = queue.Queue()
                 threading.Thread(target=self._pair, args=rest, daemon=True).start()
-            elif word == "send":
-                self._outgoing[rest[0]].put((rest[1], rest[2], rest[3]))
-            else:
+            elif word == "free":
                 self.free.put(rest[0])
+            elif outgoing := self._outgoing.get(rest[0]):  # else it broke, and its end has been told
+                outgoing.put((rest[1], rest[2], rest[3]) if word == "send" else None)
 
     def _pair(self, pair: str, rank: int, host: str, port: int) -> None:
         try:
@@ -79,7 +79,9 @@ class Side:
             else:
                 self._receive(pair, group)
         except Exception as error:  # whatever ends a group ends this pair only
-            self.tell("broken", pair, str(error).partition("\n")[0][:500])
+            self.tell("broken", pair, (str(error) or type(error).__name__).partition("\n")[0][:500])
+        finally:
+            self._outgoing.pop(pair, None)
 
     def _meet(self, pair: str, rank: int, host: str, port: int) -> Any:
         wait = timedelta(seconds=CONNECT_S)
@@ -91,13 +93,16 @@ class Side:
         return GLOO(c10d.PrefixStore(pair, store), rank, 2, options)
 
     def _send(self, pair: str, group: Any) -> None:
-        head = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+        head, outgoing = torch.zeros(HEADER_BYTES, dtype=torch.uint8), self._outgoing[pair]
         wait = timedelta(seconds=SEND_S)
         while True:
             try:
-                slot, header, num_bytes = self._outgoing[pair].get(timeout=KEEP_ALIVE_S)
+                order = outgoing.get(timeout=KEEP_ALIVE_S)
             except queue.Empty:
-                slot, header, num_bytes = -1, b"", 0
+                order = -1, b"", 0
+            if order is None:
+                return
+            slot, header, num_bytes = order
             packed = _SIZES.pack(len(header), num_bytes) + header
             head[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
             group.send([head], _RECEIVER, 0).wait(wait)
@@ -118,8 +123,12 @@ class Side:
             if not header_bytes:
                 continue
             slot = self.free.get(timeout=SILENT_S)
-            if num_bytes:
-                group.recv([self.slots[slot][:num_bytes]], _SENDER, 0).wait(wait)
+            try:
+                if num_bytes:
+                    group.recv([self.slots[slot][:num_bytes]], _SENDER, 0).wait(wait)
+            except RuntimeError:
+                self.free.put(slot)  # a receive that failed has closed the connection: nothing writes there any more
+                raise
             self.tell("chunk", pair, slot, raw[_SIZES.size : _SIZES.size + header_bytes], num_bytes)
 
 

@@ -76,6 +76,16 @@ def test_a_group_that_dies_loses_no_transfer(net, side):
     net.eventually(lambda: not joined(prefill, decode), "ZeroMQ carries on", 20)
 
 
+def test_a_group_that_nobody_needs_any_more_ends_on_both_sides(net):
+    prefill, decode = pair(net)
+    sending, receiving = prefill.sender._thread, decode.receiver._thread
+    assert len(receiving._groups._partners) == 1
+    sending.command(lambda now: sending._ways.groups.forget(decode.address))
+    net.eventually(lambda: not receiving._groups._partners, "the receiving side has let go", 10)
+    transfer(net, prefill, decode, ("r", 1))  # by ZeroMQ
+    prefill.log.wait(Delivered, ("r", 1), 20)
+
+
 def test_lost_and_damaged_chunks_are_sent_again_by_a_group(net):
     faults = Faults.parse("a=drop@CHUNK#2;b=corrupt@CHUNK#3;c=duplicate@CHUNK#4;d=delay@CHUNK#5:50ms")
     prefill, decode = pair(net, faults=faults)
