@@ -7,7 +7,6 @@ the router's request counter and the only source of variety.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -54,7 +53,8 @@ def choose_pair(
     if policy not in ROUTE_NAMES:
         raise ValueError(f"unknown routing policy {policy!r}; known: {', '.join(ROUTE_NAMES)}")
     able = [view for view in fleet.decode if _eligible(view, request)]
-    decodes = [(_decode_penalty(request, view, fleet.decode), view) for view in able]
+    steps = _measured_steps(request, fleet.decode)
+    decodes = [(_decode_penalty(request, view, steps), view) for view in able]
     if not decodes:
         return None
     decodes.sort(key=lambda item: item[0])
@@ -112,7 +112,7 @@ def _uncached(request: RouteRequest, view: WorkerView) -> int:
     return max(request.prompt_tokens - request.cached_tokens.get(view.identity.incarnation, 0), 1)
 
 
-def _decode_penalty(request: RouteRequest, view: WorkerView, fleet: Sequence[WorkerView]) -> float:
+def _decode_penalty(request: RouteRequest, view: WorkerView, steps: Mapping[str, float]) -> float:
     """Seconds of TTFT that one more sequence here is worth: steps beyond the TPOT target, and a pool near its end.
 
     Below the target the slope is small but not zero, so that load spreads before it hurts.
@@ -124,20 +124,23 @@ def _decode_penalty(request: RouteRequest, view: WorkerView, fleet: Sequence[Wor
     if stats.running_requests:
         step = max(step, stats.decode_step_s)
     elif running == 1:
-        step = min(step, _measured_step(request, view, fleet))
+        step = min(step, steps.get(view.identity.device, step))
     late = max(step - request.tpot_target_s, 0.0) * request.max_tokens
     capacity = max(stats.kv_capacity_tokens or view.identity.kv_capacity_tokens, 1)
     full = max((stats.kv_used_tokens + view.inflight_tokens + request.prompt_tokens) / capacity - 0.9, 0.0)
     return 0.1 * step + late + full * 10 * request.ttft_target_s
 
 
-def _measured_step(request: RouteRequest, view: WorkerView, fleet: Sequence[WorkerView]) -> float:
-    """What workers on such a device measure now, for one that decodes nothing: its own cost is a profile, or was fitted
-    when it started beside others, and nothing would ever correct it, since it would be given nothing. Infinite where
-    nobody measures."""
-    busy = (peer for peer in fleet if peer.stats.running_requests and peer.stats.decode_step_s > 0)
-    known = (peer for peer in busy if peer.identity.device == view.identity.device)
-    return min((worker_cost(peer).decode(1, request.prompt_tokens) for peer in known), default=math.inf)
+def _measured_steps(request: RouteRequest, fleet: Sequence[WorkerView]) -> dict[str, float]:
+    """By device: the step of one sequence as workers that decode now measure it, for those that decode nothing. Their
+    own cost is a profile, or was fitted when they started beside others, and nothing would ever correct it, since they
+    would be given nothing."""
+    found: dict[str, float] = {}
+    for peer in fleet:
+        if peer.stats.running_requests and peer.stats.decode_step_s > 0:
+            step = worker_cost(peer).decode(1, request.prompt_tokens)
+            found[peer.identity.device] = min(step, found.get(peer.identity.device, step))
+    return found
 
 
 def _transfer(request: RouteRequest, link: Link, decode: WorkerView, own_s: float) -> float:
