@@ -240,7 +240,9 @@ class Reconciler:
         memory.asking = None
         if asking.cancelled():
             return
-        memory.fleet = asking.result()
+        if error := asking.exception():  # a defect of ours: silence is none
+            log.error("fleet_defect", error=f"{type(error).__name__}: {error}")
+        memory.fleet = FleetView() if error else asking.result()
         memory.unanswered = 0 if memory.fleet.answered else memory.unanswered + 1
 
     def _next(self, memory: Memory, status: LLMServiceStatus, *, settled: bool) -> float:
