@@ -15,7 +15,6 @@ import structlog
 
 from lanewise.config import RouterConfig
 from lanewise.errors import ErrorCode, LanewiseError
-from lanewise.policy.admission import admit
 from lanewise.request import Failure, Mode, Token
 from lanewise.router.entry import Entry, Sink
 from lanewise.router.flight import Flight
@@ -24,6 +23,7 @@ from lanewise.router.ledger import Ledger
 from lanewise.router.metrics import RouterMetrics
 from lanewise.router.orders import Action, Cancel, Emit, End, Limits, Order, Phase, Release, Submit
 from lanewise.router.placement import Placement, Placer
+from lanewise.router.refusals import Refusals
 from lanewise.router.roster import Roster
 from lanewise.router.session import Key, Session
 from lanewise.router.trails import Trail, Trails
@@ -48,6 +48,7 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
         self._entries: dict[str, Entry] = {}
         self._held = Held[Entry](config.hold_max_requests, config.hold_max_bytes)
+        self._refusals = Refusals(config, self._held, metrics.demand)
         self._trails = Trails()
         self.placer = Placer(config, roster)
         self.ledger = Ledger(config.ttft_target_s, config.short_max_tokens or None)
@@ -72,26 +73,19 @@ class Dispatcher:
         """Accept a request. Everything that becomes of it, its end included, goes to the sink."""
         now = time.monotonic()
         flight = Flight(order, self._limits, waiting_since=now)
-        entry = Entry(flight, sink, choice, now)
+        entry = Entry(flight, sink, choice, now, came_back=self._refusals.came_back(order, choice, now))
         self._entries[order.request_id] = entry
         self.idle.clear()
         self.arrivals += 1
         self._metrics.arrivals.inc()
         self._metrics.prompt_tokens.inc(len(order.prompt_ids))
         placement = self.placer.choose(flight, now)
-        if placement is None:
-            refusal = self._held.refusal(order)
-            self._settle(entry, flight.fail(refusal, now) if refusal else [], now)
-            return
-        predicted_s = placement.pair.predicted_ttft_s
-        retry_after_s = admit(predicted_s, order.deadline_at - now, self._config.max_queue_wait_s)
-        # One client request always gets through, with all its choices: nothing else could correct a wrong prediction.
-        if retry_after_s is not None and any(other.sink is not sink for other in self._entries.values()):
-            message = f"predicted time to the first token is {predicted_s:.1f} s; retry later"
-            error = LanewiseError(ErrorCode.OVERLOADED, message, retry_after_s=retry_after_s)
-            self._settle(entry, flight.fail(error, now), now)
-            return
-        self._launch(entry, placement, now)
+        others = (other for other in self._entries.values() if other.sink is not sink)
+        error = self._refusals.judge(entry, placement, lambda: next(others, None) is None, now)
+        if error is not None or placement is None:
+            self._settle(entry, flight.fail(error, now) if error else [], now)
+        else:
+            self._launch(entry, placement, now)
 
     def cancel(self, request_id: str, reason: str = "cancelled by the client") -> None:
         if entry := self._entries.get(request_id):
@@ -243,7 +237,7 @@ class Dispatcher:
         if submission.mode is not Mode.DECODE:
             assert entry.placement is not None  # what a submission comes of
             hit = entry.placement.hits.get(action.incarnation, 0)
-            self._metrics.placed(submission, hit)
+            self._metrics.placed(submission, hit, entry.came_back)
             uncached = len(submission.prompt_ids) + len(submission.resumed_output_ids) - hit
         session.carry(submission.key, uncached)
         session.send(pb.RouterMessage(submit=convert.submit_to_wire(submission)))

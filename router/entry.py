@@ -33,6 +33,7 @@ class Entry:
     timer_at: float = 0.0
     placement: Placement | None = None  # the last
     was_held: bool = False
+    came_back: bool = False  # it was refused lately
 
     def first_token(self, now: float, metrics: RouterMetrics, ledger: Ledger) -> None:
         self.first_at = now
@@ -41,7 +42,7 @@ class Entry:
         # One that waited for workers, or was disturbed, tells nothing of the two ways of prefill.
         if self.placement is not None and self.flight.epoch == 1 and not self.was_held:
             prompt, pair = len(self.flight.order.prompt_ids), self.placement.pair
-            uncached = prompt - self.placement.hits.get(pair.prefill or pair.decode, 0)
+            uncached = prompt - self.placement.cached_tokens
             ledger.first_token(pair, ttft_s, uncached, prompt)
 
     @property

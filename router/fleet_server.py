@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 
 from lanewise.fleet import Lane, Role
+from lanewise.policy.scaling_meter import DemandMeter
 from lanewise.router.catalog import Catalog
-from lanewise.router.demand import DemandMeter
 from lanewise.router.discovery import Discovery
 from lanewise.router.dispatch import Dispatcher
 from lanewise.router.ledger import Ledger, Way
@@ -73,7 +73,7 @@ class FleetService(pb_grpc.FleetServicer):
             discovery=self._view(now),
             disaggregation=pb.Disaggregation(remote=_way(ledger.remote), local=_way(ledger.local)),
             lanes=_lanes(ledger, sessions),
-            demand=self._demand.to_wire(),
+            demand=pb.Demand(**self._demand.sums),
         )
 
     def _models(self, sessions: list[Session]) -> list[pb.FleetModel]:

@@ -26,9 +26,9 @@ from lanewise.config import RouterConfig, parse_config
 from lanewise.errors import ConfigError, ErrorCode, LanewiseError
 from lanewise.fleet import Role
 from lanewise.policy.cost import CostModel
+from lanewise.policy.scaling_meter import DemandMeter
 from lanewise.router.auth import ApiKeys
 from lanewise.router.catalog import Catalog
-from lanewise.router.demand import DemandMeter
 from lanewise.router.discovery import peer_discovery, worker_discovery
 from lanewise.router.dispatch import Dispatcher
 from lanewise.router.fleet_server import FleetService, Self

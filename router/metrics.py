@@ -16,8 +16,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from lanewise.fleet import WorkerIdentity, WorkerStats
+from lanewise.policy.scaling_meter import DemandMeter
 from lanewise.request import Submission
-from lanewise.router.demand import DemandMeter
 from lanewise.router.discovery import Freshness
 from lanewise.router.ledger import Ledger
 from lanewise.router.session import Session
@@ -56,10 +56,10 @@ class RouterMetrics:
         self.running = make.gauge("running_requests", "requests that have not ended")
         self.http = make.counter("http_responses", "HTTP responses by status", ("status",))
 
-    def placed(self, submission: Submission, cached_tokens: int) -> None:
-        """A prompt was sent to a worker that holds this much of it."""
+    def placed(self, submission: Submission, cached_tokens: int, came_back: bool) -> None:
+        """A prompt was sent to a worker that holds this much of it. `came_back`: it was refused before."""
         self.hit_tokens.inc(cached_tokens)
-        self.demand.placed(submission.request_id, len(submission.prompt_ids), cached_tokens)
+        self.demand.placed(submission.request_id, len(submission.prompt_ids), cached_tokens, came_back)
 
     def token(self) -> None:
         """A token was forwarded."""

@@ -22,6 +22,11 @@ class Placement:
     decode: WorkerIdentity
     hits: Mapping[str, int]  # cached prefix tokens by incarnation
 
+    @property
+    def cached_tokens(self) -> int:
+        """Cached prefix of the worker that computes the prompt."""
+        return self.hits.get(self.pair.prefill or self.pair.decode, 0)
+
 
 class Placer:
     def __init__(self, config: RouterConfig, roster: Roster) -> None:

@@ -135,8 +135,9 @@ def work_samples(rules: Rules, seen: Observation, bins: tuple[Demand, ...]) -> l
 
 
 def token_samples(bins: tuple[Demand, ...], length: float) -> list[Sample]:
-    """Output tokens of each bin; lengths are taken to spread like exponential ones."""
-    return [Sample(bin.seconds, bin.output_tokens, 2 * length * bin.output_tokens) for bin in bins]
+    """Output tokens of each bin, those of the refused had they been served; lengths spread like exponential ones."""
+    made = [max(bin.output_tokens + (bin.refused - bin.returned) * length, 0.0) for bin in bins]
+    return [Sample(bin.seconds, tokens, 2 * length * tokens) for bin, tokens in zip(bins, made, strict=True)]
 
 
 def _prefill(

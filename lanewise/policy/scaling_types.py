@@ -26,13 +26,15 @@ class Demand:
     attended: float = 0.0  # Σ n·(c + n/2): pairs of new token and token attended to
     output_tokens: float = 0.0  # sent to clients
     finished: float = 0.0
-    attainable: float = 0.0  # of the finished: whose own prefill alone fits the TTFT target
+    attainable: float = 0.0  # of the finished and the refused: whose own prefill alone fits the TTFT target
     ttft_late: float = 0.0  # of the attainable
     tpot_late: float = 0.0  # of the finished
     able: float = 0.0  # of the requests: whose own prefill alone fits the TTFT target; then their sums
     able_tokens: float = 0.0
     able_squares: float = 0.0
     able_attended: float = 0.0
+    refused: float = 0.0  # of the requests: sent away, so that none of their tokens was made
+    returned: float = 0.0  # of the refused: came back and were taken; their tokens count as they are made
 
     def __add__(self, other: Demand) -> Demand:
         return Demand(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))

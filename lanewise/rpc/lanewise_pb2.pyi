@@ -266,7 +266,7 @@ class FleetReply(_message.Message):
     def __init__(self, router: _Optional[str] = ..., arrivals: _Optional[int] = ..., held: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[FleetWorker, _Mapping]]] = ..., router_name: _Optional[str] = ..., running: _Optional[int] = ..., draining: _Optional[bool] = ..., resumed: _Optional[int] = ..., held_total: _Optional[int] = ..., failed: _Optional[int] = ..., kv_transfers: _Optional[int] = ..., handovers: _Optional[int] = ..., models: _Optional[_Iterable[_Union[FleetModel, _Mapping]]] = ..., discovery: _Optional[_Union[DiscoveryView, _Mapping]] = ..., disaggregation: _Optional[_Union[Disaggregation, _Mapping]] = ..., lanes: _Optional[_Iterable[_Union[FleetLane, _Mapping]]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ...) -> None: ...
 
 class Demand(_message.Message):
-    __slots__ = ("requests", "prompt_tokens", "prompt_squares", "uncached_tokens", "uncached_squares", "attended", "output_tokens", "finished", "attainable", "ttft_late", "tpot_late", "able", "able_tokens", "able_squares", "able_attended")
+    __slots__ = ("requests", "prompt_tokens", "prompt_squares", "uncached_tokens", "uncached_squares", "attended", "output_tokens", "finished", "attainable", "ttft_late", "tpot_late", "able", "able_tokens", "able_squares", "able_attended", "refused", "returned")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_SQUARES_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +282,8 @@ class Demand(_message.Message):
     ABLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ABLE_SQUARES_FIELD_NUMBER: _ClassVar[int]
     ABLE_ATTENDED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    RETURNED_FIELD_NUMBER: _ClassVar[int]
     requests: float
     prompt_tokens: float
     prompt_squares: float
@@ -297,7 +299,9 @@ class Demand(_message.Message):
     able_tokens: float
     able_squares: float
     able_attended: float
-    def __init__(self, requests: _Optional[float] = ..., prompt_tokens: _Optional[float] = ..., prompt_squares: _Optional[float] = ..., uncached_tokens: _Optional[float] = ..., uncached_squares: _Optional[float] = ..., attended: _Optional[float] = ..., output_tokens: _Optional[float] = ..., finished: _Optional[float] = ..., attainable: _Optional[float] = ..., ttft_late: _Optional[float] = ..., tpot_late: _Optional[float] = ..., able: _Optional[float] = ..., able_tokens: _Optional[float] = ..., able_squares: _Optional[float] = ..., able_attended: _Optional[float] = ...) -> None: ...
+    refused: float
+    returned: float
+    def __init__(self, requests: _Optional[float] = ..., prompt_tokens: _Optional[float] = ..., prompt_squares: _Optional[float] = ..., uncached_tokens: _Optional[float] = ..., uncached_squares: _Optional[float] = ..., attended: _Optional[float] = ..., output_tokens: _Optional[float] = ..., finished: _Optional[float] = ..., attainable: _Optional[float] = ..., ttft_late: _Optional[float] = ..., tpot_late: _Optional[float] = ..., able: _Optional[float] = ..., able_tokens: _Optional[float] = ..., able_squares: _Optional[float] = ..., able_attended: _Optional[float] = ..., refused: _Optional[float] = ..., returned: _Optional[float] = ...) -> None: ...
 
 class FleetWorker(_message.Message):
     __slots__ = ("description", "stats", "ready", "stats_age_s", "inflight", "address", "terminating", "reason")

@@ -162,19 +162,19 @@ class Cluster:
         pair = choose_pair(ask, fleet, now, config.seed + number, config.routing)
         assert pair is not None  # every instance is always ready
         track = Track(request, now, decode=self._decode_index[pair.decode].index)
+        track.cached = cached.get(pair.prefill, 0) if pair.prefill is not None else 0
         self.tracks.append(track)
         self._pending += 1
         if config.max_queue_wait_s is not None:
             retry = admit(pair.predicted_ttft_s, float("inf"), config.max_queue_wait_s)
             if retry is not None:
-                self.shed += 1
-                self._on_end(track)
+                self._refuse(track)
                 return
         if pair.prefill is None:
             self.decode[track.decode].submit_local(track, config.ttft_target_s)
             return
         instance = self._prefill_index[pair.prefill]
-        track.prefill, track.cached = instance.index, cached.get(pair.prefill, 0)
+        track.prefill = instance.index
         instance.submit(track, config.ttft_target_s)
 
     def _fleet(self) -> FleetSnapshot:
@@ -224,7 +224,16 @@ class Cluster:
     def _on_local_first(self, track: Track) -> None:
         """A local prefill gave its first token; nothing travels."""
 
+    def _refuse(self, track: Track) -> None:
+        """Sent away: no worker hears of it."""
+        self.shed += 1
+        self._close(track)
+
     def _on_end(self, track: Track) -> None:
+        """Its last token is out."""
+        self._close(track)
+
+    def _close(self, track: Track) -> None:
         track.end_s = self.loop.now
         self._pending -= 1
         if self._on_progress is not None:

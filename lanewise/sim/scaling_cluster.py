@@ -12,6 +12,7 @@ from enum import Enum
 
 from lanewise.fleet import FleetSnapshot, WorkerView
 from lanewise.policy.profile import Profile
+from lanewise.policy.scaling_meter import DemandMeter
 from lanewise.policy.scaling_types import Demand, Observation, RoleView
 from lanewise.sim.cluster import Cluster, Outcome, SimConfig
 from lanewise.sim.decode import DecodeInstance
@@ -109,7 +110,10 @@ class ScaledCluster(CountingCluster):
             for worker in workers[:count]:
                 worker.life = Life.READY
         self._held: list[Request] = []
-        self._arrived = Demand()
+        self._meter = DemandMeter(
+            self.config.ttft_target_s, self.config.tpot_target_s, lambda: self._profiles()[0].cost
+        )
+        self._counted = Demand()  # by the meter, at the last sync
         self._sent_before = self._ended_output = 0.0
         self._busy_before = 0.0
         self._charged_s = 0.0
@@ -123,7 +127,9 @@ class ScaledCluster(CountingCluster):
             return
         before = len(self.tracks)
         super()._route(request)
-        self._count(self.tracks[before])
+        track = self.tracks[before]
+        if track.end_s is None:
+            self._meter.placed(str(request.index), request.prompt_tokens, track.cached)
 
     def _fleet(self) -> FleetSnapshot:
         ready = [[worker.instance for worker in role if worker.life is Life.READY] for role in self._roles]
@@ -132,32 +138,14 @@ class ScaledCluster(CountingCluster):
             tuple([self._decode_view(item) for item in ready[1] if isinstance(item, DecodeInstance)]),
         )
 
-    def _count(self, track: Track) -> None:
-        request, cost = track.request, self._profiles()[0].cost
-        new = request.prompt_tokens - track.cached
-        could = cost.alone(new, track.cached) <= 0.95 * self.config.ttft_target_s
-        attended = new * (track.cached + new / 2)
-        self._arrived += Demand(
-            requests=1,
-            prompt_tokens=request.prompt_tokens,
-            prompt_squares=request.prompt_tokens**2,
-            uncached_tokens=new,
-            uncached_squares=new * new,
-            attended=attended,
-            able=could,
-            able_tokens=could * new,
-            able_squares=could * new * new,
-            able_attended=could * attended,
-        )
-        track.extra["attainable"] = float(could)
+    def _refuse(self, track: Track) -> None:
+        super()._refuse(track)
+        self._meter.refused(track.request.prompt_tokens, track.cached)
 
     def _on_end(self, track: Track) -> None:
         super()._on_end(track)
-        attainable = track.extra.get("attainable", 0.0)
-        late = track.ttft_s is None or track.ttft_s > self.config.ttft_target_s
-        slow = (tpot_s(track) or 0.0) > self.config.tpot_target_s
         self._ended_output += track.request.output_tokens
-        self._arrived += Demand(finished=1, attainable=attainable, ttft_late=attainable * late, tpot_late=float(slow))
+        self._meter.ended(str(track.request.index), track.ttft_s, tpot_s(track))
 
     # ------------------------------------------------------------ workers
 
@@ -206,7 +194,7 @@ class ScaledCluster(CountingCluster):
     def _sync(self, _: object) -> None:
         self._charge()
         measured = self._measure()
-        demand, self._arrived = self._demand(), Demand()
+        demand = self._demand()
         counts = self.controller.counts(measured, lambda: self._observe(demand))
         self._follow(counts)
         if self._pending or self._held or self._next_arrival_left():
@@ -223,7 +211,9 @@ class ScaledCluster(CountingCluster):
         """Tokens sent so far are those of the ended requests and of what decodes now."""
         sent = self._ended_output + sum(item.produced() for item in self.decode)
         new, self._sent_before = max(sent - self._sent_before, 0.0), sent
-        return replace(self._arrived, seconds=SYNC_S, output_tokens=new)
+        total = self._meter.total()
+        arrived, self._counted = total.since(self._counted, SYNC_S), total
+        return replace(arrived, output_tokens=new)
 
     def _measure(self) -> Measured:
         views = [[w.instance.view().stats for w in role if w.life is Life.READY] for role in self._roles]

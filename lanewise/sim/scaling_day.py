@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from lanewise.policy.cost import CostModel
 from lanewise.policy.scaling_capacity import batch_rate
+from lanewise.policy.scaling_meter import OWN_SHARE
 from lanewise.policy.scaling_types import Demand
 from lanewise.sim.workload import Request, Workload
 
@@ -74,7 +75,7 @@ def mix_of(workload: Workload, cost: CostModel, ttft_s: float, cached: bool) -> 
         new = request.prompt_tokens - hit
         work = per_token * new + cost.attention(new, hit) + cost.request_s
         shapes.append(
-            Shape(request.prompt_tokens, new, request.output_tokens, work, cost.alone(new, hit) <= 0.95 * ttft_s)
+            Shape(request.prompt_tokens, new, request.output_tokens, work, cost.alone(new, hit) <= OWN_SHARE * ttft_s)
         )
     return Mix(workload.name, workload.requests, tuple(shapes))
 

@@ -33,6 +33,26 @@ def test_a_step_is_followed_within_a_minute_and_given_up_after_the_window() -> N
     assert (down - 100) * PERIOD_S >= RULES.down_stabilization_s - PERIOD_S
 
 
+def test_what_was_refused_needs_workers_too() -> None:
+    """A fleet that serves a third and sends the rest away needs what the whole load needs, not what it serves."""
+    quiet, load, served = [demand(3.0, output=800)] * 60, demand(12.0, output=800), demand(4.0, output=800)
+    late = 0.5 * load.attainable  # whoever waits for long in an overloaded fleet
+    shed = replace(
+        load,
+        output_tokens=served.output_tokens,
+        finished=served.finished,
+        refused=load.requests - served.requests,
+        ttft_late=late,
+    )
+    whole, seen, blind = (
+        drive(RULES, [*quiet, *[bin] * 16])[-1]
+        for bin in (replace(load, ttft_late=late), shed, replace(served, ttft_late=served.attainable))
+    )
+    assert (seen.prefill, seen.decode) == (whole.prefill, whole.decode)
+    assert seen.prefill > blind.prefill
+    assert seen.decode > blind.decode
+
+
 def test_no_answer_changes_nothing() -> None:
     decision = decide(RULES, State(), observe(PERIOD_S, (3, 2), Demand()))
     assert (decision.prefill, decision.decode) == (3, 2)

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import json
 
+import grpc
 import pytest
 
 from lanewise.request import choice_seed
 from lanewise.router import http_server
 from lanewise.rpc import lanewise_pb2 as pb
+from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
 from tests.router.scripted import CONTEXT, ScriptedWorker, partly, rig, story, until
 
 
@@ -172,6 +174,33 @@ class TestHolding:
             assert (status, reply["error"]["code"]) == (429, "OVERLOADED")
             assert int(headers["retry-after"]) > 1
             first.cancel()
+
+    async def test_who_is_sent_away_is_demand_and_who_comes_back_counts_once(self) -> None:
+        async with rig("d", max_queue_wait_s=1.0) as made:
+            busy, idle = (pb.Stats(queue_wait_s=wait, kv_capacity_tokens=100_000) for wait in (50.0, 0.0))
+            made.decode.say(stats=busy)
+            session = made.router.roster.session(made.decode.incarnation)
+            assert session is not None
+            await until(lambda: session.stats.queue_wait_s)
+            made.decode.on_submit = made.decode.silent
+            first = asyncio.create_task(made.post())
+            await until(lambda: made.decode.submits)
+            for prompt in ("a fox", "a fox", "a crow"):
+                assert (await made.post(prompt=prompt))[0] == 429
+            async with grpc.aio.insecure_channel(str(made.router.grpc)) as channel:
+                stub = pb_grpc.FleetStub(channel)  # type: ignore[no-untyped-call]
+                seen = (await stub.Snapshot(pb.FleetRequest())).demand
+                assert (seen.requests, seen.refused, seen.returned) == (3, 2, 0)
+                assert (seen.attainable, seen.ttft_late, seen.finished) == (2, 2, 0)
+                first.cancel()
+                made.decode.say(stats=idle)
+                await until(lambda: not session.stats.queue_wait_s)
+                made.decode.on_submit = made.decode.behave
+                await made.text(prompt="a fox")
+                await until(lambda: made.router.metrics.demand.total().finished)
+                seen = (await stub.Snapshot(pb.FleetRequest())).demand
+            assert (seen.requests, seen.refused, seen.returned) == (3, 2, 1)
+            assert (seen.attainable, seen.ttft_late, seen.finished) == (2, 2, 1)
 
 
 class TestClients:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from lanewise.sim.cli import main
 from lanewise.sim.cluster import SimConfig
 from lanewise.sim.report import summarise
 from lanewise.sim.scaling_cluster import ScaledService, no_floors, simulate_scaled
-from lanewise.sim.scaling_controllers import HpaUtilisation, KedaQueue, Measured, Policy, Schedule, Threshold
+from lanewise.sim.scaling_controllers import SYNC_S, HpaUtilisation, KedaQueue, Measured, Policy, Schedule, Threshold
 from lanewise.sim.scaling_day import Day, Mix, arrivals, mix_of, periods
 from lanewise.sim.scaling_interval import World, run, turns
 from lanewise.sim.scaling_pooled import PooledCluster, PooledService, pool_of, read_pools
@@ -84,6 +85,25 @@ def test_every_request_ends_once_while_workers_come_and_go() -> None:
     assert [move[1:3] for move in scaled.moves] == [(2, 2), (1, 1), (3, 2), (1, 1), (2, 1)]
     busy = (4 * 120 + 2 * 120 + 5 * 120 + 2 * 120 + 3 * 120) / HOUR
     assert busy <= scaled.gpu_hours <= 1.15 * busy + 0.1  # starting and draining workers count
+
+
+def test_a_fleet_that_sheds_grows_as_one_that_does_not() -> None:
+    """Twelve times the load from one moment to the next: what the router sends away is asked for all the same."""
+    calm, rush = arrivals(Day(1.0, 1.0, seconds=600.0), mix(), 2), arrivals(Day(12.0, 12.0, seconds=600.0), mix(), 3)
+    late = (
+        replace(one, index=len(calm.requests) + i, arrival_s=600.0 + one.arrival_s)
+        for i, one in enumerate(rush.requests)
+    )
+    workload = Workload("step", (*calm.requests, *late))
+    found = []
+    for most_wait in (None, 2.0):
+        service = ScaledService(replace(config(), max_queue_wait_s=most_wait), (1, 1), START_S)
+        outcome, scaled = simulate_scaled(service, workload, Policy(RULES))
+        assert all(track.end_s is not None for track in outcome.tracks)
+        assert bool(outcome.shed) == (most_wait is not None)
+        found.append(next((at for at, prefill, _, _ in scaled.moves if prefill >= 3), inf))
+    whole, shed = found
+    assert shed <= whole + 2 * SYNC_S, "an overload is seen as soon, whoever is sent away"
 
 
 def test_at_zero_requests_are_held_until_a_worker_is_up() -> None:

@@ -1,17 +1,19 @@
-"""What clients ask of this service, as sums: the inputs of scaling.
+"""What clients ask of a service, as sums: the inputs of scaling, counted alike by routers and by the simulator.
 
-Owns: totals since the router started, for `Fleet/Snapshot`.
-Must not: decide, or cost a token's way more than an addition.
+Owns: what counts as a request, as late, and as work that was sent away; totals since the start.
+Must not: decide, know who asks, or cost a token's way more than an addition.
+
+A refused request is demand like any other, and late: else a service that sheds would look as if it needed no more than
+it serves, and as if it served that well. One that comes back counts once: `again`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 from lanewise.policy.cost import CostModel
 from lanewise.policy.scaling_types import Demand
-from lanewise.rpc import lanewise_pb2 as pb
 
 OWN_SHARE = 0.95  # of the TTFT target that a prompt's own prefill may take to count as attainable
 
@@ -24,10 +26,35 @@ class DemandMeter:
         self._sums = {field.name: 0.0 for field in fields(Demand) if field.name != "seconds"}
         self._able: dict[str, bool] = {}  # requests under way: whether alone they would be on time
 
-    def placed(self, request_id: str, prompt_tokens: int, cached_tokens: int) -> None:
-        """A request was sent to workers for the first time."""
+    @property
+    def sums(self) -> Mapping[str, float]:
+        """By the field names of `Demand`."""
+        return self._sums
+
+    def total(self) -> Demand:
+        return Demand(**self._sums)
+
+    def placed(self, request_id: str, prompt_tokens: int, cached_tokens: int, again: bool = False) -> None:
+        """A request was sent to workers for the first time. `again`: it had been refused before, and counted then."""
         if request_id in self._able:
             return
+        if again:
+            self._sums["returned"] += 1
+            self._able[request_id] = False  # it was late when it was refused
+        else:
+            self._able[request_id] = self._arrived(prompt_tokens, cached_tokens)
+
+    def refused(self, prompt_tokens: int, cached_tokens: int, again: bool = False) -> None:
+        """A request was sent away. `again`: not for the first time."""
+        if again:
+            return
+        self._sums["refused"] += 1
+        if self._arrived(prompt_tokens, cached_tokens):
+            self._sums["attainable"] += 1
+            self._sums["ttft_late"] += 1
+
+    def _arrived(self, prompt_tokens: int, cached_tokens: int) -> bool:
+        """Counts one more request; whether alone it would be on time."""
         new, sums, cost = max(prompt_tokens - cached_tokens, 1), self._sums, self._cost()
         attended = new * (cached_tokens + new / 2)
         sums["requests"] += 1
@@ -37,12 +64,12 @@ class DemandMeter:
         sums["uncached_squares"] += new * new
         sums["attended"] += attended
         able = cost is None or cost.alone(new, cached_tokens) <= OWN_SHARE * self._ttft_s
-        self._able[request_id] = able
         if able:
             sums["able"] += 1
             sums["able_tokens"] += new
             sums["able_squares"] += new * new
             sums["able_attended"] += attended
+        return able
 
     def token(self) -> None:
         """An output token left for a client."""
@@ -58,6 +85,3 @@ class DemandMeter:
             self._sums["attainable"] += 1
             self._sums["ttft_late"] += ttft_s > self._ttft_s
         self._sums["tpot_late"] += tpot_s is not None and tpot_s > self._tpot_s
-
-    def to_wire(self) -> pb.Demand:
-        return pb.Demand(**self._sums)
