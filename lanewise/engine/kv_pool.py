@@ -8,11 +8,13 @@ the engine's may call, and only for pages that the engine thread has lent to a t
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
 
+from lanewise.engine import populate
 from lanewise.engine.model_config import ModelConfig
 from lanewise.engine.pages import PageTable, PoolUsage
 from lanewise.errors import ConfigError
@@ -38,6 +40,12 @@ class KVPool(PageTable):
         self._row_bytes = layout.num_kv_heads * layout.head_dim * layout.dtype_bytes
         self._raw = memory.view(layout.num_layers, 2, num_pages * page_tokens, -1).view(torch.uint8)
         self._rows: Bytes | None = self._raw.numpy() if device.type == "cpu" else None
+
+    def populate(self) -> threading.Thread | None:
+        """Has memory that KV will be written to made real, in a thread of its own; None: not on a CPU."""
+        if self.device.type != "cpu":
+            return None
+        return populate.in_background([half for layer in self.layers for half in layer])
 
     def read(self, pages: Seq[int], tokens: range, layers: range, out: Bytes | None = None) -> Bytes:
         """Bytes [layer][K|V][token][head][dim] of these tokens of the sequence that `pages` belong to.

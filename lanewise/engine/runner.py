@@ -126,7 +126,8 @@ class Engine:
         return results
 
     def warm_up(self) -> None:
-        """One short prefill and one decode step, so that the first request meets loaded pages and chosen kernels."""
+        """One short prefill and one decode step, so that the first request meets loaded pages and chosen kernels; then
+        memory of the pool is populated in the background."""
         ids = [index % self.vocab_size for index in range(min(32, self.max_context_tokens - 2))]
         seq = Sequence(("warm-up", 0), ids, len(ids), Sampling(max_tokens=2, temperature=0.0))
         try:
@@ -138,6 +139,7 @@ class Engine:
                 seq.ids.append(sampled.token_id)
         finally:
             self.pool.release(seq)
+            self.pool.populate()
             self._phases.end("warm")
 
     def _synchronised(self, on_layers: OnLayers | None) -> OnLayers | None:

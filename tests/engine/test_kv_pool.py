@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +95,23 @@ def test_a_pool_of_little_more_than_one_request_says_no(small_engine, load, driv
     engine.pool.release(first)
     assert engine.pool.ensure(second, tokens)
     engine.pool.release(second)
+
+
+def test_populating_makes_memory_real_and_changes_none_of_it():
+    pool = KVPool(KVLayout(3, 2, 64, "float32", 4), 8192, 16, torch.device("cpu"))
+    pool.layers[1][0, 5] = 7.0
+    before = resident_bytes()
+    populating = pool.populate()
+    assert populating is not None
+    populating.join(60)
+    grown = resident_bytes() - before
+    whole = sum(layer.nbytes for layer in pool.layers)
+    assert grown > 0.9 * whole  # but for the huge page that was written above
+    assert all(
+        float(layer.abs().sum()) == (7.0 * pool.layers[1][0, 5].numel() if i == 1 else 0)
+        for i, layer in enumerate(pool.layers)
+    )
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
