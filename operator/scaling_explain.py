@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -27,10 +28,10 @@ def show(console: Console, item: dict[str, Any]) -> None:
         console.print(f"  because      {current.get('reason', '')}", highlight=False, markup=False)
     conditions = Table("condition", "status", "reason", "message", box=None, padding=(0, 2))
     for found in status.get("conditions", []):
-        conditions.add_row(found["type"], found["status"], found["reason"], found.get("message", ""))
+        conditions.add_row(found["type"], found["status"], found["reason"], escape(found.get("message", "")))
     console.print(conditions)
     if status.get("history"):
         moves = Table("when", "prefill", "decode", "why", box=None, padding=(0, 2))
         for move in status["history"]:
-            moves.add_row(move["time"], str(move["prefill"]), str(move["decode"]), move.get("reason", ""))
+            moves.add_row(move["time"], str(move["prefill"]), str(move["decode"]), escape(move.get("reason", "")))
         console.print(moves)

@@ -1,4 +1,4 @@
-"""`lanewise manifests` and `kubectl lanewise status`, as a person calls them."""
+"""`lanewise manifests` and `kubectl lanewise status | scaling`, as a person calls them."""
 
 import json
 import threading
@@ -75,13 +75,38 @@ def resource(name: str, ready: str) -> dict[str, Any]:
     return {"metadata": {"name": name, "namespace": "chat"}, "spec": spec, "status": status}
 
 
+def policy(name: str, status: dict[str, Any]) -> dict[str, Any]:
+    roles = {"prefill": {"min": 1, "max": 8}, "decode": {"max": 4}}
+    spec = {"targetRef": {"name": "fable"}, **roles}
+    return {"metadata": {"name": name, "namespace": "chat"}, "spec": spec, "status": status}
+
+
+DECISION = {
+    "time": "2026-01-05T08:00:00Z",
+    "prefill": 3,
+    "decode": 2,
+    "inputs": "requests per s 8.5",
+    "requirement": "3 prefill + 2 decode",
+    "reason": "8.50 requests/s [busy]: to 3 prefill + 2 decode",
+}
+ACTIVE = {"type": "Active", "status": "True", "reason": "Deciding", "message": "scales both roles"}
+CONFLICT = {"type": "Active", "status": "False", "reason": "Conflict", "message": "ScalingPolicy good is older"}
+LISTS = {
+    "llmservices": [resource("good", "True"), resource("bad", "False")],
+    "scalingpolicies": [
+        policy("good", {"conditions": [ACTIVE], "current": DECISION, "history": [DECISION]}),
+        policy("late", {"conditions": [CONFLICT]}),
+    ],
+}
+
+
 class Api(BaseHTTPRequestHandler):
-    """The API server's list of LLMServices in namespace `chat`."""
+    """The API server's lists of our kinds in namespace `chat`."""
 
     def do_GET(self) -> None:
-        wanted = self.path == "/apis/lanewise.io/v1alpha1/namespaces/chat/llmservices"
-        body = json.dumps({"items": [resource("good", "True"), resource("bad", "False")]} if wanted else {}).encode()
-        self.send_response(200 if wanted else 403)
+        found = LISTS.get(self.path.removeprefix("/apis/lanewise.io/v1alpha1/namespaces/chat/"))
+        body = json.dumps({"items": found} if found else {}).encode()
+        self.send_response(200 if found else 403)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -140,3 +165,20 @@ def test_status_says_what_is_wrong(kubeconfig: str, capsys: pytest.CaptureFixtur
     assert "403" in capsys.readouterr().err
     assert called("status", "--kubeconfig", kubeconfig + "x") == 1
     assert called("nonsense") == 2
+
+
+def test_scaling_of_one_policy_tells_inputs_requirement_and_decision(
+    kubeconfig: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("scaling", "good", "--kubeconfig", kubeconfig) == 0
+    said = capsys.readouterr().out
+    for words in ("scales LLMService fable", "prefill 1-8, decode 1-4", "requests per s 8.5", "3 prefill + 2 decode"):
+        assert words in said
+    assert said.count("[busy]") == 2, "a reason is shown as it is, now and in the history"
+    assert "2026-01-05T08:00:00Z" in said
+    assert called("scaling", "late", "--kubeconfig", kubeconfig) == 1
+    said = capsys.readouterr().out
+    assert "no decision yet" in said
+    assert "ScalingPolicy good is older" in said
+    assert called("scaling", "none", "--kubeconfig", kubeconfig) == 1
+    assert "no ScalingPolicy none" in capsys.readouterr().err
