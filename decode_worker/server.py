@@ -20,6 +20,7 @@ from lanewise.policy.cost import CostModel
 from lanewise.rpc.outbox import Outbox
 from lanewise.rpc.process import die, serve_worker, worker_facts
 from lanewise.telemetry import setup_logging
+from lanewise.transfer.encoding import wire_layout
 from lanewise.transfer.faults import Faults
 from lanewise.transfer.group_port import check, group_host
 from lanewise.transfer.keys import Security
@@ -40,11 +41,12 @@ async def _serve(config: WorkerConfig) -> None:
     faults = Faults.from_env(os.environ, (config.listen, config.kv_listen), config.name)
     security = Security.of(config.encryption, config.secret_dir)
     engine = Engine.load(config)  # before anything listens: nothing can ask for a model that is not there
+    layout = wire_layout(engine.pool.layout, config.kv_encoding)
     check(config.kv_channel, device=engine.device, encryption=config.encryption)
     engine.warm_up()
     incarnation = str(uuid.uuid4())
     capacity = engine.pool.usage().capacity_tokens
-    endpoint = Endpoint(incarnation, engine.fingerprint, engine.fingerprint_fields, engine.pool.layout)
+    endpoint = Endpoint(incarnation, engine.fingerprint, engine.fingerprint_fields, layout)
     started: list[DecodeLoop] = []  # the receiver must be bound before the loop exists, since its address is told
 
     def on_event(event: ReceiverEvent) -> None:

@@ -108,6 +108,9 @@ class WorkerConfig(_ProcessConfig):
     kv_channel: Literal["Auto", "ZeroMQ", "NCCL", "IPC"] = Field(
         "Auto", description="how KV travels; NCCL is its CPU form (gloo) so far, IPC is refused; Auto: ZeroMQ"
     )
+    kv_encoding: Literal["Native", "Int8", "KIVI4", "KIVI2"] = Field(
+        "Native", description="how KV is written on the wire; all but Native are lossy, KIVI4 and KIVI2 experimental"
+    )
     health_listen: str = Field(
         "", description="a second gRPC address for health checks alone, without TLS, as a kubelet needs it; empty: none"
     )

@@ -58,7 +58,10 @@ class Transfer(Model):
     """How KV travels from prefill to decode workers."""
 
     channel: Literal["Auto", "ZeroMQ", "NCCL", "IPC"] = Field(default="Auto", description="the link that is used")
-    encoding: Literal["Native"] = Field(default="Native", description="how KV is written on the wire")
+    encoding: Literal["Native", "Int8", "KIVI4", "KIVI2"] = Field(
+        default="Native",
+        description="how KV is written on the wire: all but Native lose quality; KIVI4 and KIVI2: experimental",
+    )
     encryption: Literal["None", "Authenticated", "Full"] = Field(
         default="None", description="Authenticated: control is encrypted and data carries a MAC; Full: both encrypted"
     )

@@ -43,6 +43,8 @@ def fingerprint_hash(service: LLMService, context: PlanContext) -> str:
     }
     if encrypted(service):  # workers that speak differently cannot exchange KV either: decode rolls first
         fields["encryption"] = service.spec.transfer.encryption
+    if service.spec.transfer.encoding != "Native":
+        fields["encoding"] = service.spec.transfer.encoding
     return short_hash(fields)
 
 
@@ -114,6 +116,8 @@ def _worker(service: LLMService, context: PlanContext, role: str) -> dict[str, A
         fields["health_listen"] = f"0.0.0.0:{names.HEALTH_PORT}"
         if role == "decode" and spec.transfer.encryption == "Authenticated":
             fields["kv_data_listen"] = f"tcp://0.0.0.0:{names.KV_DATA_PORT}"
+    if spec.transfer.encoding != "Native":
+        fields["kv_encoding"] = spec.transfer.encoding
     if model.max_context_tokens:
         fields["max_context_tokens"] = model.max_context_tokens
     if part.tensor_parallel > 1:

@@ -20,6 +20,7 @@ from lanewise.prefill_worker.loop import PrefillLoop
 from lanewise.rpc.outbox import Outbox
 from lanewise.rpc.process import die, serve_worker, worker_facts
 from lanewise.telemetry import setup_logging
+from lanewise.transfer.encoding import wire_layout
 from lanewise.transfer.faults import Faults
 from lanewise.transfer.group_port import check, group_host
 from lanewise.transfer.keys import Security
@@ -40,6 +41,7 @@ async def _serve(config: WorkerConfig) -> None:
     faults = Faults.from_env(os.environ, (config.listen, config.kv_listen), config.name)
     security = Security.of(config.encryption, config.secret_dir)
     engine = Engine.load(config)  # before anything listens: nothing can ask for a model that is not there
+    layout = wire_layout(engine.pool.layout, config.kv_encoding)
     check(config.kv_channel, device=engine.device, encryption=config.encryption)
     engine.warm_up()
     incarnation = str(uuid.uuid4())
@@ -47,7 +49,7 @@ async def _serve(config: WorkerConfig) -> None:
     facts = worker_facts(
         config, Role.PREFILL, engine, incarnation=incarnation, kv_address="", kv_capacity_tokens=capacity
     )
-    endpoint = Endpoint(incarnation, engine.fingerprint, engine.fingerprint_fields, engine.pool.layout)
+    endpoint = Endpoint(incarnation, engine.fingerprint, engine.fingerprint_fields, layout)
 
     def build(outbox: Outbox) -> PrefillLoop:
         policy = make_batch_policy(config.batch_policy, max_batch_tokens=config.max_batch_tokens, cost=CostModel())

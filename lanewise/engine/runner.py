@@ -72,6 +72,8 @@ class Engine:
         ranks = Ranks(config, opened) if config.tensor_parallel > 1 else None
         dtype = str(opened.dtype).removeprefix("torch.")
         fields = weights.fingerprint_fields(opened.checkpoint, opened.config, dtype, config.weights)
+        if config.kv_encoding != "Native":
+            fields["kv_encoding"] = config.kv_encoding  # so that what came by it has cache keys of its own
         phases.end("open")
         try:
             with torch.inference_mode():

@@ -160,6 +160,7 @@ def _worker_flags(service: LLMService, role: str, share: _Share) -> list[str]:
     flags += ["--tensor-parallel", str(part.tensor_parallel)] if part.tensor_parallel > 1 else []
     flags += ["--kv-cache-bytes", str(int(part.kv_cache_memory.value))] if part.kv_cache_memory else []
     flags += ["--kv-channel", spec.transfer.channel] if spec.transfer.channel != "Auto" else []
+    flags += ["--kv-encoding", spec.transfer.encoding] if spec.transfer.encoding != "Native" else []
     flags += ["--ttft-target-s", f"{spec.slo.ttft.seconds:g}"]
     flags += ["--drain-timeout-s", f"{spec.drain.timeout.seconds:g}", "--drain-max-s", f"{spec.drain.max.seconds:g}"]
     return flags

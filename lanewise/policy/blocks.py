@@ -17,6 +17,9 @@ UNIT_TOKENS = 64
 
 DIGEST_BYTES = 16
 
+WIRE_BITS = {"Int8": 8, "KIVI4": 4, "KIVI2": 2}
+"""Bits a value takes in each lossy encoding; what they mean `transfer/encoding.py` knows."""
+
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
@@ -27,6 +30,22 @@ class KVLayout:
     head_dim: int
     dtype: str  # storage type, e.g. "float32"
     dtype_bytes: int
+    encoding: str = "Native"  # of the wire form; pools are always native
+
+    @property
+    def wire_unit(self) -> int:
+        """On the wire tokens come in whole units of this many, but for the end of a prompt."""
+        return 1 if self.encoding == "Native" else UNIT_TOKENS
+
+    def wire_bytes(self, tokens: int, layers: int) -> int:
+        """Bytes of a chunk of that many tokens from the start of a unit on. A lossy layer holds, for keys and for
+        values: scales in fp16, minima too below 8 bits, and the values."""
+        bits = WIRE_BITS.get(self.encoding)
+        if bits is None:
+            return self.slice_bytes(tokens, layers)
+        channels = self.num_kv_heads * self.head_dim
+        scales = -(-tokens // UNIT_TOKENS) * channels + tokens * self.num_kv_heads
+        return layers * (2 * tokens * channels * bits // 8 + scales * (2 if bits == 8 else 4))
 
     @property
     def bytes_per_token(self) -> int:

@@ -54,17 +54,20 @@ class Cutter:
         return all(band.cut >= self._total for band in self._bands)
 
     def peek(self, max_bytes: int) -> Slice | None:
-        """The next chunk of at most `max_bytes`: as many layers as fit, for a run of tokens is contiguous in a pool."""
+        """The next chunk of at most `max_bytes`: as many layers as fit, for a run of tokens is contiguous in a pool.
+
+        Cuts lie between units of the wire form; a chunk has at least one, whatever that takes."""
         if max_bytes not in self._found:
             self._found[max_bytes] = self._find(max_bytes)
         return self._found[max_bytes]
 
     def _find(self, max_bytes: int) -> Slice | None:
+        unit = self._layout.wire_unit
         for band in self._bands:
-            if band.cut >= band.ready:
+            whole = (band.ready if band.ready == self._total else band.ready // unit * unit) - band.cut
+            if whole <= 0:
                 continue
-            whole = band.ready - band.cut
-            tokens = min(whole, max(1, max_bytes // self._layout.slice_bytes(1, 1)))
+            tokens = min(whole, max(unit, max_bytes // self._layout.slice_bytes(unit, 1) * unit))
             layers = 1
             if tokens == whole:
                 layers = min(band.hi - band.lo, max(1, max_bytes // self._layout.slice_bytes(tokens, 1)))

@@ -73,10 +73,12 @@ class WireLayout(msgspec.Struct, frozen=True, array_like=True):
     head_dim: Layer
     dtype: ShortText
     dtype_bytes: Layer
+    encoding: ShortText = "Native"
 
     @classmethod
     def of(cls, layout: KVLayout) -> WireLayout:
-        return cls(layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.dtype, layout.dtype_bytes)
+        shape = (layout.num_layers, layout.num_kv_heads, layout.head_dim)
+        return cls(*shape, layout.dtype, layout.dtype_bytes, layout.encoding)
 
 
 class Hello(Message, tag="HELLO", frozen=True, array_like=True):

@@ -117,13 +117,16 @@ class ReceiverTransfer:
             self.have_tokens <= piece.token_lo < piece.token_hi <= self.tokens
             and 0 <= piece.layer_lo < piece.layer_hi <= self._layout.num_layers
             and (chunk.head_lo, chunk.head_hi) == (0, self._layout.num_kv_heads)
+            and piece.token_lo % self._layout.wire_unit == 0
+            and (piece.token_hi % self._layout.wire_unit == 0 or piece.token_hi == self.tokens)
         )
         if not inside:
             raise Contradiction(f"chunk {chunk.seq} lies outside what was granted")
         if chunk.seq >= (self.tokens - self.have_tokens) * self._layout.num_layers:
             raise Contradiction(f"chunk number {chunk.seq} is impossible")
         size = piece.nbytes(self._layout)
-        if payload_bytes == size and self.received_bytes + size > self.credited_bytes:
+        whole = payload_bytes == piece.wire_bytes(self._layout)
+        if whole and self.received_bytes + size > self.credited_bytes:
             raise Contradiction("the sender went beyond its credit")
 
     def wrote(self, seq: int, good: bool) -> list[Action]:

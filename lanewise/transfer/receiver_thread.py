@@ -17,6 +17,7 @@ from msgspec.structs import replace as replace_fields
 from lanewise.errors import ConfigError
 from lanewise.transfer import mac
 from lanewise.transfer import messages as m
+from lanewise.transfer.encoding import Encoding
 from lanewise.transfer.faults import Faults, Frames, is_loopback
 from lanewise.transfer.gate import Gate
 from lanewise.transfer.groups import ReceiverGroups
@@ -63,6 +64,7 @@ class ReceiverThread(SocketThread):
         self._data_port = 0
         self.core = ReceiverCore(identity, timers, limits, self.counters, bound=not self.faults.unbound)
         self._layout = identity.layout
+        self._encoding = Encoding.of(identity.layout)
         self._store = store
         self._on_event = on_event
         self._names: dict[bytes, tuple[str, str]] = {}  # of connections, as they have said
@@ -239,19 +241,25 @@ class ReceiverThread(SocketThread):
                     raise TypeError(f"not an action of a receiver: {action}")
 
     def _write(self, write: Write, payload: memoryview, now: float) -> None:
-        good = len(payload) == write.slice.nbytes(self._layout) and m.checksum(payload) == write.crc
+        good = len(payload) == write.slice.wire_bytes(self._layout) and m.checksum(payload) == write.crc
         if not good:
             self.counters.chunks_corrupt += 1
             self.perform(self.core.wrote(write.key, write.seq, False, now))
             return
         self.faults.point("chunk_writing")
         try:
-            self._store.write(write.pages, write.slice.tokens, write.slice.layers, payload)
+            self._scatter(write, payload)
         except Exception as error:  # of the pool, whatever it is: this transfer ends, the others go on
             self.perform(self.core.write_failed(write.key, write.seq, f"writing pages: {error}", now))
             return
         self.counters.bytes_received += len(payload)
         self.perform(self.core.wrote(write.key, write.seq, True, now))
+
+    def _scatter(self, write: Write, payload: memoryview) -> None:
+        tokens, layers = write.slice.tokens, write.slice.layers
+        if self._encoding:
+            payload = self._encoding.decode(payload, len(tokens), len(layers)).data
+        self._store.write(write.pages, tokens, layers, payload)
 
     def _send(self, send: Send) -> None:
         routing_id, message = f"{send.to}/c", send.message

@@ -285,4 +285,8 @@ class Slice:
         return range(self.layer_lo, self.layer_hi)
 
     def nbytes(self, layout: KVLayout) -> int:
+        """As a pool holds it; what credit and the size of chunks are counted in."""
         return layout.slice_bytes(self.token_hi - self.token_lo, self.layer_hi - self.layer_lo)
+
+    def wire_bytes(self, layout: KVLayout) -> int:
+        return layout.wire_bytes(self.token_hi - self.token_lo, self.layer_hi - self.layer_lo)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lanewise.policy.blocks import KVLayout
 from lanewise.transfer.buffers import Buffers
+from lanewise.transfer.encoding import Encoding
 from lanewise.transfer.faults import Faults, Frames
 from lanewise.transfer.group_port import GroupPort
 from lanewise.transfer.groups import SenderGroups
@@ -31,6 +32,7 @@ class Ways:
         self.groups: SenderGroups | None = None
         self._store = store
         self._layout = layout
+        self._encoding = Encoding.of(layout)
         self._limits = limits
         self._faults = faults
         self._buffers = Buffers(limits.data_hwm * limits.stripes)
@@ -45,10 +47,15 @@ class Ways:
 
     def gather(self, job: Job) -> tuple[Bytes, Bytes]:
         """A buffer and the part of it that now holds the chunk."""
-        num_bytes = job.slice.nbytes(self._layout)
+        tokens, layers = job.slice.tokens, job.slice.layers
+        num_bytes = job.slice.wire_bytes(self._layout)
         buffer = self._buffers.take(max(num_bytes, self._limits.chunk_bytes))
         payload = buffer[:num_bytes]
-        self._store.read(job.pages, job.slice.tokens, job.slice.layers, payload)
+        if self._encoding is None:
+            self._store.read(job.pages, tokens, layers, payload)
+        else:
+            native = self._store.read(job.pages, tokens, layers)
+            self._encoding.encode(native.reshape(-1), len(tokens), len(layers), payload)
         return buffer, payload
 
     def by_socket(self, sock: zmq.Socket[bytes], frames: Frames, buffer: Bytes | None) -> bool:

@@ -166,3 +166,10 @@ def test_the_channel_reaches_both_workers_where_it_is_not_left_open() -> None:
         for process in decided.processes:
             told = process.argv[process.argv.index("--kv-channel") + 1] if "--kv-channel" in process.argv else "Auto"
             assert told == (channel if process.role != "router" else "Auto")
+
+
+def test_the_encoding_reaches_both_workers() -> None:
+    wanted = service(transfer={"encoding": "KIVI4"}, prefill={"replicas": 1}, disaggregation="Always")
+    decided = plan(wanted, TWO, iter(count(20000)), Options("127.0.0.1:8000", "127.0.0.1:50051"))
+    told = {process.role: "--kv-encoding KIVI4" in " ".join(process.argv) for process in decided.processes}
+    assert told == {"router": False, "prefill": True, "decode": True}

@@ -227,4 +227,8 @@ def keys_of(made: Plan, role: str) -> dict[str, Any]:
 def test_workers_that_speak_differently_have_different_fingerprints() -> None:
     plain = changed("encrypted", transfer={"encryption": "None"})
     sealed, full = service("encrypted"), changed("encrypted", transfer__encryption="Full")
-    assert len({fingerprint_hash(found, context()) for found in (plain, sealed, full)}) == 3
+    shorter = changed("encrypted", transfer={"encoding": "Int8"})
+    assert len({fingerprint_hash(found, context()) for found in (plain, sealed, full, shorter)}) == 4
+    for role in ("prefill", "decode"):
+        assert config_of(plan(shorter, context()), role)["kv_encoding"] == "Int8"
+        assert "kv_encoding" not in config_of(plan(plain, context()), role)
