@@ -37,7 +37,9 @@ log = structlog.get_logger(__name__)
 class Phase(StrEnum):
     QUEUED = "queued"  # holds no pages
     BLOCKED = "blocked"  # wanted pages and got none; asked again when some come free
-    COMPUTING = "computing"  # holds pages for the whole prompt; its transfer has begun
+    COMPUTING = (
+        "computing"  # holds pages for the whole prompt; its transfer has begun, if more than one token is wanted
+    )
     SENDING = "sending"  # token 1 is out, KV is still on its way
 
 
@@ -202,6 +204,8 @@ class PrefillLoop(WorkerLoop[Prefill]):
             return False
         attempt.phase = Phase.COMPUTING
         self._enqueue(attempt, cached)  # the cache may have grown or shrunk since it was queued
+        if attempt.seq.ends_next:
+            return True  # token 1 is all of it: nobody will need its KV
         partner = attempt.submission.partner
         if partner is None:
             raise RuntimeError(f"prefill attempt {attempt.key} has no partner")
@@ -217,7 +221,8 @@ class PrefillLoop(WorkerLoop[Prefill]):
         chunks = [(w.num_new, w.seq.num_computed, w.num_new == w.seq.num_uncomputed) for w in work]
         self._meter.begin(chunks, started)
         self.report()  # `accepted`, failures and the queue need not wait for the batch
-        by_layer = self._overlap.begin((w.seq.key, w.seq.num_computed, w.num_new) for w in work) or self._faults.active
+        sent = (w for w in work if self.attempts[w.seq.key].lent)
+        by_layer = self._overlap.begin((w.seq.key, w.seq.num_computed, w.num_new) for w in sent) or self._faults.active
         sampled = self._engine.step(work, on_layers=self._on_layers if by_layer else None)
         self._overlap.computed(self._engine.pool.layout.num_layers)
         ended = self.clock()

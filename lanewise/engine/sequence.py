@@ -42,6 +42,12 @@ class Sequence:
     def num_uncomputed(self) -> int:
         return len(self.ids) - self.num_computed
 
+    @property
+    def ends_next(self) -> bool:
+        """Whether the next token is the last, whatever it is."""
+        full = self.max_context_tokens is not None and len(self.ids) + 1 >= self.max_context_tokens
+        return full or self.num_output + 1 >= self.sampling.max_tokens
+
     def ending_ids(self) -> frozenset[int]:
         """Ids that end the sequence once `min_tokens` outputs are there; masked before."""
         stop = self.sampling.stop_token_ids

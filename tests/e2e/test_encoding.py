@@ -20,6 +20,9 @@ def test_a_service_serves_with_int8_on_the_wire(tmp_path: Path) -> None:
             return [link.state for worker in service.snapshot().workers for link in worker.stats.links]
 
         until(lambda: links() == ["verified"], 20, lambda: f"links are {links()}")  # until then prefill is local
+        single = request(list(range(500, 700)), max_tokens=1, ignore_eos=True, temperature=0.0)
+        [alone] = asyncio.run(generate_all(service.grpc, [single]))
+        assert (alone.reason, len(alone.token_ids)) == ("length", 1)  # its KV goes nowhere, see below
         message = request(list(range(300, 500)), max_tokens=8, ignore_eos=True, temperature=0.0)
         [result] = asyncio.run(generate_all(service.grpc, [message]))
         assert result.reason == "length"

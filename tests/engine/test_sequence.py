@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lanewise.engine.sequence import Sequence
 from lanewise.request import FinishReason, Sampling
@@ -31,3 +33,13 @@ def test_finish(outputs, changes, expected):
     seq = Sequence(("r", 1), [1, 1, *outputs], 2, sampling, frozenset({EOS}), max_context_tokens=7)
     assert seq.finish(outputs[-1]) == expected
     assert seq.num_output == len(outputs)
+
+
+@given(
+    outputs=st.integers(0, 3), most=st.integers(1, 4), context=st.none() | st.integers(3, 7), prompt=st.integers(1, 3)
+)
+def test_ends_next_says_so_exactly_when_any_token_is_the_last(outputs, most, context, prompt):
+    seq = Sequence(("r", 1), [9] * (prompt + outputs), prompt, Sampling(max_tokens=most), max_context_tokens=context)
+    said = seq.ends_next
+    seq.ids.append(9)
+    assert said == (seq.finish(9) is not None)
