@@ -68,10 +68,16 @@ def conflict(
         ref = hpa["spec"].get("scaleTargetRef", {})
         if ref.get("kind") == "Deployment" and ref.get("name") in deployments:
             return Conflict(
-                f"HorizontalPodAutoscaler {hpa['metadata']['name']} and ScalingPolicy {name} both scale Deployment "
-                f"{ref['name']}; remove one"
+                f"HorizontalPodAutoscaler {hpa['metadata']['name']}{_maker(hpa)} and ScalingPolicy {name} both scale "
+                f"Deployment {ref['name']}; remove one"
             )
     return None
+
+
+def _maker(hpa: Manifest) -> str:
+    """Who made it, where somebody did: KEDA's would come back until its ScaledObject is gone."""
+    owners = hpa["metadata"].get("ownerReferences", ())
+    return next((f" (of {owner['kind']} {owner['name']})" for owner in owners if owner.get("controller")), "")
 
 
 def _age(policy: Manifest) -> tuple[str, str]:

@@ -71,7 +71,8 @@ class Scaled:
         self.cluster.apply(body | {"spec": policy(**changes)})
 
     def status(self, name: str = SERVICE) -> dict[str, Any]:
-        return dict(self.cluster.get("scalingpolicy", name, self.namespace).get("status", {}))
+        """Of the policy; empty where there is none."""
+        return dict((self.cluster.find("scalingpolicy", name, self.namespace) or {}).get("status", {}))
 
     def condition(self, kind: str, name: str = SERVICE) -> str:
         return condition(self.cluster.get("scalingpolicy", name, self.namespace), kind)

@@ -95,6 +95,14 @@ def test_an_hpa_on_a_role_is_a_conflict_that_names_both() -> None:
     assert "HorizontalPodAutoscaler mine and ScalingPolicy chat both scale Deployment chat-decode" in found.message
 
 
+def test_the_hpa_of_a_scaled_object_is_named_with_its_maker() -> None:
+    made = hpa("keda-hpa-mine", "chat-decode")
+    made["metadata"]["ownerReferences"] = [{"kind": "ScaledObject", "name": "mine", "controller": True}]
+    found = conflict(policy(), [policy()], [made], service())
+    assert found is not None
+    assert "HorizontalPodAutoscaler keda-hpa-mine (of ScaledObject mine) and ScalingPolicy chat both" in found.message
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_replicas_in_the_service_keep_the_policy_out(role: str) -> None:
     found = conflict(policy(), [policy()], [], service(**{role: {"replicas": 0}}))

@@ -131,8 +131,12 @@ class Cluster:
     # ------------------------------------------------------------ disturbance
 
     def start(self, argv: list[str], name: str = "") -> None:
-        """One more supervised program beside the node's own, in its namespaces; it lives as long as the cluster."""
+        """One more supervised program beside the node's own, in its namespaces; it lives until `stop`, or the end."""
         self._ours().start(argv, name)
+
+    def stop(self, name: str) -> None:
+        """Ends a program of `start`: SIGTERM, and nobody starts it again."""
+        self._ours().request(op="stop", name=name)
 
     def restart(self, daemon: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Kills a daemon of the node, which the supervisor starts again."""

@@ -35,10 +35,10 @@ def make(slot: Slot) -> Path:
     names = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
     names.append("kubernetes.default.svc.cluster.local")
     addresses = ["127.0.0.1", slot.api_ip, slot.node_ip]
-    _certificate(folder, "apiserver", "/CN=kube-apiserver", "serverAuth", names, addresses)
-    _certificate(folder, "kubelet", f"/CN={slot.node}", "serverAuth", [slot.node], [slot.node_ip, "127.0.0.1"])
+    certificate(folder, "apiserver", "/CN=kube-apiserver", "serverAuth", names, addresses)
+    certificate(folder, "kubelet", f"/CN={slot.node}", "serverAuth", [slot.node], [slot.node_ip, "127.0.0.1"])
     for user, subject in {**USERS, "node": f"/O=system:nodes/CN=system:node:{slot.node}"}.items():
-        _certificate(folder, user, subject, "clientAuth", [], [])
+        certificate(folder, user, subject, "clientAuth", [], [])
         _kubeconfig(folder, user, slot)
     _openssl("genrsa", "-out", f"{folder}/sa.key", "2048")
     _openssl("rsa", "-in", f"{folder}/sa.key", "-pubout", "-out", f"{folder}/sa.pub")
@@ -55,7 +55,8 @@ def _key(path: Path) -> None:
     _openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(path))
 
 
-def _certificate(folder: Path, name: str, subject: str, usage: str, names: list[str], addresses: list[str]) -> None:
+def certificate(folder: Path, name: str, subject: str, usage: str, names: list[str], addresses: list[str]) -> None:
+    """FOLDER/NAME.key and .crt, signed by the folder's authority. `usage`: extended key usages, with commas between."""
     base = folder / name
     _key(Path(f"{base}.key"))
     alternatives = ",".join([f"DNS:{host}" for host in names] + [f"IP:{address}" for address in addresses])

@@ -5,7 +5,7 @@ Must not: know what the daemons are, import anything but the standard library (i
 Usage: supervisor.py ROOT LOCK_FD owned|detached    (owned: it ends when its standard input is closed, with its owner)
 
 Requests are one JSON line each on ROOT/control.sock: {"op": "start", "name", "argv"}, {"op": "status"},
-{"op": "signal", "name", "signal"}. The answer is one JSON line.
+{"op": "signal", "name", "signal"}, {"op": "stop", "name"}. The answer is one JSON line.
 """
 
 from __future__ import annotations
@@ -150,6 +150,10 @@ class Supervisor:
                 pid = self.daemons[name].pid
                 if pid is not None:
                     os.kill(pid, int(str(request["signal"])))
+            elif request["op"] == "stop":
+                pid = self.daemons.pop(name).pid  # from now on nobody starts it again
+                if pid is not None:
+                    os.kill(pid, signal.SIGTERM)
         except (KeyError, OSError, AssertionError) as error:
             return {"error": f"{request}: {error!r}"}
         return {daemon.name: {"pid": daemon.pid, "starts": daemon.starts} for daemon in self.daemons.values()}
