@@ -42,7 +42,8 @@ struct Scratch {
     alignas(64) uint32_t values[MAX_HEAD_DIM * BLOCK];
     alignas(64) float scores[MAX_QUERY_ROWS * BLOCK];
     alignas(64) float out[MAX_QUERY_ROWS * MAX_HEAD_DIM];
-    float top[MAX_QUERY_ROWS], total[MAX_QUERY_ROWS];
+    alignas(64) vf total[MAX_QUERY_ROWS];  // 16 sums of each row
+    alignas(64) float top[MAX_QUERY_ROWS + 16];  // read and written 16 at a time
 };
 
 #if defined(__AVX512F__)
@@ -71,12 +72,12 @@ LW_INLINE void turn16(const uint32_t* const* rows, long offset, uint32_t* to) {
 }
 #endif
 
-// Columns [column, column + dim) of the K rows of a block as two panels of 32 keys.
+// Columns [column, column + dim) of the first `count` K rows of a block, a multiple of 16, as panels of 32 keys.
 template <class T>
-void pack_keys(const T* const* rows, long column, long dim, uint32_t* to) {
+void pack_keys(const T* const* rows, long count, long column, long dim, uint32_t* to) {
     const long units = dim / per_unit<T>, start = column / per_unit<T>;
     const uint32_t* const* from = reinterpret_cast<const uint32_t* const*>(rows);
-    for (long first = 0; first < BLOCK; first += 16) {
+    for (long first = 0; first < count; first += 16) {
         uint32_t* panel = to + first / PANEL * units * PANEL + first % PANEL;
         long k = 0;
 #if defined(__AVX512F__)
@@ -88,16 +89,16 @@ void pack_keys(const T* const* rows, long column, long dim, uint32_t* to) {
 }
 
 // The same of V rows as panels of 32 columns, reduced over keys.
-inline void pack_values(const float* const* rows, long column, long dim, uint32_t* to) {
+inline void pack_values(const float* const* rows, long count, long column, long dim, uint32_t* to) {
     for (long c = 0; c < dim; c += 16) {
         uint32_t* panel = to + c / PANEL * BLOCK * PANEL + c % PANEL;
-        for (long t = 0; t < BLOCK; t++) store(panel + t * PANEL, load<vu>(rows[t] + column + c));
+        for (long t = 0; t < count; t++) store(panel + t * PANEL, load<vu>(rows[t] + column + c));
     }
 }
-inline void pack_values(const bf16* const* rows, long column, long dim, uint32_t* to) {
+inline void pack_values(const bf16* const* rows, long count, long column, long dim, uint32_t* to) {
     for (long c = 0; c < dim; c += 16) {
         uint32_t* panel = to + c / PANEL * BLOCK / 2 * PANEL + c % PANEL;
-        for (long t = 0; t < BLOCK / 2; t++) {
+        for (long t = 0; t < count / 2; t++) {
             const vu even = __builtin_convertvector(load<vh>(rows[2 * t] + column + c), vu);
             const vu odd = __builtin_convertvector(load<vh>(rows[2 * t + 1] + column + c), vu);
             store(panel + t * PANEL, even | (odd << 16));
@@ -105,32 +106,77 @@ inline void pack_values(const bf16* const* rows, long column, long dim, uint32_t
     }
 }
 
-// Scores of `row` become weights; the running maximum and sum at `state` move on. Returns the factor on what was summed before.
-template <class T>
-LW_INLINE float soften(Scratch<T>& s, long row, long state, long low, long high, float scale) {
-    const float* score = s.scores + row * BLOCK;
-    vf part[4], best = splat(-INFINITY);
+// The largest element of each of 16 vectors.
+LW_INLINE vf largest_of_each(const vf* rows) {
+    vf out;
+#if defined(__AVX512F__)
+    __m512 a[16];
+    for (int i = 0; i < 16; i++) a[i] = (__m512)rows[i];
+    for (int i = 0; i < 8; i++)
+        a[i] = _mm512_max_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
     for (int i = 0; i < 4; i++) {
-        const vi at = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + 16 * i;
-        const vi seen = (at >= int32_t(low)) & (at < int32_t(high));
-        part[i] = seen ? load<vf>(score + 16 * i) * scale : splat(-INFINITY);
-        best = larger(best, part[i]);
+        const __m512d left = (__m512d)a[2 * i], right = (__m512d)a[2 * i + 1];
+        a[i] = _mm512_max_ps((__m512)_mm512_unpacklo_pd(left, right), (__m512)_mm512_unpackhi_pd(left, right));
     }
-    const float old = s.top[state], top = std::fmax(old, largest(best));
-    if (top == -INFINITY) {  // nothing visible so far
-        std::memset(s.weights + row * BLOCK, 0, BLOCK * sizeof(T));
-        return 1;
+    for (int count = 2; count; count /= 2)
+        for (int i = 0; i < count; i++)
+            a[i] = _mm512_max_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88),
+                                 _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xDD));
+    out = (vf)a[0];
+#else
+    for (int i = 0; i < 16; i++) out[i] = largest(rows[i]);
+#endif
+    return out;
+}
+
+struct Sight {  // which keys of a block a query row sees
+    long position, window, start, group;  // of the first row and the block; `group` rows share a position
+    LW_INLINE vi mask(long row, int part) const {
+        const long at = position + row / group, low = window > 0 ? at + 1 - window : 0;
+        const vi key = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + 16 * part;
+        return (key >= int32_t(low - start)) & (key <= int32_t(at - start));
     }
-    vf sums = vf{};
-    for (int i = 0; i < 4; i++) {
-        const vf weight = exponential(part[i] - top);
-        sums += weight;
-        store16(s.weights + row * BLOCK + 16 * i, weight);
+};
+
+// Scores of `count` rows become weights; their running maxima and sums, from `state` on, move on, and `factors` are what
+// was summed before counts by now. `steps`: a score in powers of two. MASKED where not every row sees the whole block.
+template <class T, bool MASKED>
+LW_INLINE void soften(Scratch<T>& s, long count, long state, const Sight& sight, float steps, float* factors) {
+    for (long low = 0; low < count; low += 16) {
+        const long high = std::min(count, low + 16);
+        vf best[16];
+        for (int i = 0; i < 16; i++) best[i] = splat(-INFINITY);  // of rows that are not there: they change nothing
+        for (long r = low; r < high; r++) {
+            float* score = s.scores + r * BLOCK;
+            vf part[4];
+            for (int i = 0; i < 4; i++) {
+                part[i] = load<vf>(score + 16 * i);
+                if constexpr (MASKED) {
+                    part[i] = sight.mask(r, i) ? part[i] : splat(-INFINITY);
+                    store(score + 16 * i, part[i]);
+                }
+            }
+            best[r - low] = larger(larger(part[0], part[1]), larger(part[2], part[3]));
+        }
+        const vf old = load<vf>(s.top + state + low), top = larger(old, largest_of_each(best));
+        const vf base = top == splat(-INFINITY) ? vf{} : top;  // nothing visible so far: all weights are zero
+        store(s.top + state + low, top);
+        const vf factor = power_of_two<T>(larger((old - base) * steps, splat(-200.0f)));
+        store(factors + low, factor);
+        alignas(64) float offsets[16];
+        store(offsets, base * -steps);
+        for (long r = low; r < high; r++) {
+            vf sums = vf{};
+            for (int i = 0; i < 4; i++) {
+                vf power = fused(load<vf>(s.scores + r * BLOCK + 16 * i), splat(steps), splat(offsets[r - low]));
+                if (MASKED) power = larger(power, splat(-200.0f));
+                const vf weight = power_of_two<T>(power);
+                sums += weight;
+                store16(s.weights + r * BLOCK + 16 * i, weight);
+            }
+            s.total[state + r] = fused(s.total[state + r], splat(factors[r]), sums);
+        }
     }
-    const float factor = old == top ? 1.0f : old == -INFINITY ? 0.0f : exponential(splat(old - top))[0];
-    s.top[state] = top;
-    s.total[state] = s.total[state] * factor + sum(sums);
-    return factor;
 }
 
 // Where the keys (or values) of all heads of each token of a block are; tokens past the end are zeros.
@@ -153,36 +199,38 @@ LW_INLINE void fetch(const AttentionTask& task, const Heads& h, const T* const* 
         for (long c = task.kv_low * h.dim; c < task.kv_high * h.dim; c += 64 / sizeof(T)) __builtin_prefetch(rows[i] + c);
 }
 
+// `rows` rows of the scratch with `panels` panels of it.
+template <class T, bool ADDS>
+LW_INLINE void block_product(Tile t, long rows, long panels) {
+    long p = 0;
+    const auto step = [&](long wide) {
+        t.panel += wide * t.panel_bytes, t.sums += wide * PANEL, p += wide;
+    };
+    for (; p + WIDE <= panels; step(WIDE)) tiles<T, PLAIN, WIDE, ADDS>(t, rows);
+    for (; p < panels; step(1)) tiles<T, PLAIN, 1, ADDS>(t, rows);
+}
+
 // One KV head of a block; `base` is the first of its `count` rows in the scratch.
 template <class T>
 LW_INLINE void attend_head(Scratch<T>& s, const AttentionTask& task, const Heads& h, long block, long base, long count,
-                           const T* const* keys, const T* const* values, long column, long window, float scale) {
-    const long units = h.dim / per_unit<T>, start = block * BLOCK;
-    pack_keys(keys, column, h.dim, s.keys);
+                           const T* const* keys, const T* const* values, long column, long window, float steps) {
+    const long units = h.dim / per_unit<T>, start = block * BLOCK, first = task.span->num_context + task.low;
+    const long newest = task.span->num_context + task.high - 1;
+    const long seen = std::min(BLOCK, (newest - start) / 16 * 16 + 16);  // keys past these nobody here may look at
+    const bool masked = first + 1 - start < BLOCK || (window > 0 && newest + 1 - window > start);
+    pack_keys(keys, seen, column, h.dim, s.keys);
     const uint32_t* query = reinterpret_cast<const uint32_t*>(s.query + base * h.dim);
-    for (long p = 0; p < 2; p++) {
-        const auto put = [&](long r, vf left, vf right) LW_INLINE_LAMBDA {
-            store(s.scores + r * BLOCK + p * PANEL, left), store(s.scores + r * BLOCK + p * PANEL + 16, right);
-        };
-        panel_rows<T>(query, units, count, s.keys + p * units * PANEL, units, put);
-    }
-    float factors[MAX_QUERY_ROWS];
-    for (long r = 0; r < count; r++) {
-        const long position = task.span->num_context + task.low + r / h.group();
-        const long first = window > 0 && position + 1 > window ? position + 1 - window : 0;
-        factors[r] = soften(s, r, base + r, first - start, position + 1 - start, scale);
-    }
-    pack_values(values, column, h.dim, s.values);
+    block_product<T, false>({query, units, units, reinterpret_cast<const uint8_t*>(s.keys), units * PANEL * 4, s.scores, BLOCK},
+                            count, (seen + PANEL - 1) / PANEL);
+    alignas(64) float factors[MAX_QUERY_ROWS + 16];
+    const Sight sight{first, window, start, h.group()};
+    masked ? soften<T, true>(s, count, base, sight, steps, factors) : soften<T, false>(s, count, base, sight, steps, factors);
+    pack_values(values, seen, column, h.dim, s.values);
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(s.weights);
     const long padded = h.padded(), key_units = BLOCK / per_unit<T>;
-    for (long p = 0; p < padded / PANEL; p++) {
-        const auto put = [&](long r, vf left, vf right) LW_INLINE_LAMBDA {
-            float* out = s.out + (base + r) * padded + p * PANEL;
-            store(out, fused(load<vf>(out), splat(factors[r]), left));
-            store(out + 16, fused(load<vf>(out + 16), splat(factors[r]), right));
-        };
-        panel_rows<T>(weights, key_units, count, s.values + p * key_units * PANEL, key_units, put);
-    }
+    block_product<T, true>({weights, key_units, seen / per_unit<T>, reinterpret_cast<const uint8_t*>(s.values),
+                            key_units * PANEL * 4, s.out + base * padded, padded, nullptr, factors},
+                           count, padded / PANEL);
 }
 
 template <class T>
@@ -191,7 +239,7 @@ void attend_blocks(Scratch<T>& s, const AttentionTask& task, const Heads& h, con
     const long oldest = span.num_context + task.low, newest = span.num_context + task.high - 1;
     const long start = window > 0 && oldest + 1 > window ? (oldest + 1 - window) / BLOCK : 0, stop = newest / BLOCK + 1;
     const long count = (task.high - task.low) * h.group();
-    const float scale = 1.0f / std::sqrt(float(h.dim));
+    const float steps = LOG2_E / std::sqrt(float(h.dim));
     const T *key_rows[2][BLOCK], *value_rows[2][BLOCK];
     block_rows(span, h, start, keys, key_rows[start % 2]), block_rows(span, h, start, values, value_rows[start % 2]);
     for (long block = start; block < stop; block++) {
@@ -202,7 +250,7 @@ void attend_blocks(Scratch<T>& s, const AttentionTask& task, const Heads& h, con
         }
         for (long g = task.kv_low; g < task.kv_high; g++)
             attend_head(s, task, h, block, (g - task.kv_low) * count, count, key_rows[now], value_rows[now], g * h.dim,
-                        window, scale);
+                        window, steps);
     }
 }
 
@@ -220,13 +268,13 @@ void attend(const AttentionTask& task, const Heads& h, const T* query, const T* 
     };
     for (long r = 0; r < rows; r++) {
         std::memcpy(s.query + r * h.dim, query + place(r), h.dim * sizeof(T));
-        s.top[r] = -INFINITY, s.total[r] = 0;
+        s.top[r] = -INFINITY, s.total[r] = vf{};
     }
     std::memset(s.out, 0, rows * padded * sizeof(float));
     if (padded != h.dim) std::memset(s.values, 0, sizeof(s.values));
     attend_blocks(s, task, h, keys, values, window);
     for (long r = 0; r < rows; r++) {
-        const float inverse = 1.0f / s.total[r];
+        const float inverse = 1.0f / sum(s.total[r]);
         T* to = out + place(r);
         for (long c = 0; c < h.dim; c += 16) store16(to + c, load<vf>(s.out + r * padded + c) * inverse);
     }

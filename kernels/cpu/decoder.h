@@ -79,21 +79,19 @@ class DecoderOf final : public Decoder {
             }
         });
         make_tasks(all_, false), make_tasks(last_, true);
+        sampled_.clear();
+        for (const Span& span : spans_)
+            if (span.sampled) sampled_.push_back(span.first_row + span.num_new - 1);
     }
 
     void layer(long index) override {
         const Layer& l = m_.layers[index];
-        const long width = h_.heads * h_.dim, kv = h_.kv_heads * h_.dim, total = width + 2 * kv;
+        const long width = h_.heads * h_.dim;
         const bool final_layer = index + 1 == m_.num_layers;
         T* normed = normed_.get(rows_ * m_.hidden);
         normalise(hidden_, rows_, l.attention_norm, normed);
-        float* qkv = sums_.get(rows_ * padded(total));
-        product(normed, m_.hidden, rows_, l.qkv, total, l.qkv_bias,
-                [&](long row, long c, vf left, vf right) LW_INLINE_LAMBDA {
-                    store(qkv + row * padded(total) + c, left), store(qkv + row * padded(total) + c + 16, right);
-                });
         T *query = query_.get(rows_ * width), *mixed = mixed_.get(rows_ * width);
-        rows_run(rows_, 4, [&](long row) { rotate_and_write(l, row, qkv + row * padded(total), query + row * width); });
+        project(l, normed, final_layer && long(sampled_.size()) < rows_, query);
         attend_tasks(final_layer ? last_ : all_, query, l.keys, l.values, l.window, mixed);
         if (final_layer) keep_sampled(mixed, width);
         add_product(mixed, width, l.output, l.output_bias);
@@ -101,7 +99,8 @@ class DecoderOf final : public Decoder {
         T* inner = inner_.get(rows_ * m_.inner);
         product(normed, m_.hidden, rows_, l.gate_up, 2 * m_.inner, l.gate_up_bias,
                 [&](long row, long c, vf gate, vf up) LW_INLINE_LAMBDA {  // a panel holds 16 of each
-                    store16(inner + row * m_.inner + c / 2, gate / (1.0f + exponential(-gate)) * up);
+                    const vf falling = power_of_two<T>(gate * -LOG2_E);
+                    store16(inner + row * m_.inner + c / 2, gate * up / (1.0f + falling));
                 });
         add_product(inner, m_.inner, l.down, l.down_bias);
     }
@@ -137,6 +136,27 @@ class DecoderOf final : public Decoder {
         });
     }
 
+    // Keys and values of all rows into their pages, and queries; where `few` are wanted, those of the sampled rows alone.
+    void project(const Layer& l, const T* normed, bool few, T* query) {
+        const long width = h_.heads * h_.dim, total = width + 2 * h_.kv_heads * h_.dim, size = padded(total);
+        float* qkv = sums_.get(rows_ * size);
+        const auto write = [&](long row, long c, vf left, vf right) LW_INLINE_LAMBDA {
+            store(qkv + row * size + c, left), store(qkv + row * size + c + 16, right);
+        };
+        product_of(normed, rows_, l.qkv, few ? width / PANEL * PANEL : 0, total, l.qkv_bias, write);
+        rows_run(rows_, 4, [&](long row) {
+            if (!few) rotate_queries(l, row, qkv + row * size, query + row * width);
+            write_kv(l, row, qkv + row * size + width);
+        });
+        if (!few) return;
+        const long count = long(sampled_.size());
+        T* picked = picked_.get(count * m_.hidden);
+        for (long i = 0; i < count; i++)
+            std::memcpy(picked + i * m_.hidden, normed + sampled_[i] * m_.hidden, m_.hidden * sizeof(T));
+        product_of(picked, count, l.qkv, 0, width, l.qkv_bias, write);
+        for (long i = 0; i < count; i++) rotate_queries(l, sampled_[i], qkv + i * size, query + sampled_[i] * width);
+    }
+
     static long padded(long columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
 
     static LW_INLINE void put(float* row, long c, long limit, vf v) {
@@ -157,6 +177,15 @@ class DecoderOf final : public Decoder {
         ::multiply(pool_, rounded(a, k, rows, w), w, padded(columns) / PANEL, bias, each);
     }
 
+    // As `product` of normed rows, for outputs [first, stop) alone; `first` is a multiple of PANEL.
+    template <class Epilogue>
+    void product_of(const T* a, long rows, Packed w, long first, long stop, const float* bias, const Epilogue& each) {
+        w.data += first * m_.hidden * (w.kind == PLAIN ? sizeof(T) : 1);
+        w.scales += w.scales ? first : 0, w.offsets += w.offsets ? first : 0;
+        product(a, m_.hidden, rows, w, stop - first, bias ? bias + first : nullptr,
+                [&](long row, long c, vf left, vf right) LW_INLINE_LAMBDA { each(row, first + c, left, right); });
+    }
+
     // The rows as weights of this kind want them.
     Rows<T> rounded(const T* a, long k, long rows, const Packed& w) {
         if (w.kind != BYTES) return {a, k, rows};
@@ -168,13 +197,11 @@ class DecoderOf final : public Decoder {
 
     void add_product(const T* a, long k, const Packed& w, const float* bias) {
         product(a, k, rows_, w, m_.hidden, bias, [&](long row, long c, vf left, vf right) LW_INLINE_LAMBDA {
-            float* to = hidden_ + row * m_.hidden;
-            add(to, c, left), add(to, c + 16, right);
+            add(hidden_ + row * m_.hidden, c, left), add(hidden_ + row * m_.hidden, c + 16, right);
         });
     }
-    LW_INLINE void add(float* row, long c, vf v) {
-        if (c + 16 <= m_.hidden) return store(row + c, load<vf>(row + c) + v);
-        for (long i = 0; c + i < m_.hidden; i++) row[c + i] += v[i];
+    LW_INLINE void add(float* row, long c, vf v) {  // the hidden size is a multiple of 16
+        if (c < m_.hidden) store(row + c, load<vf>(row + c) + v);
     }
 
     void embed(int64_t id, float* to) {
@@ -217,27 +244,23 @@ class DecoderOf final : public Decoder {
         for (long c = 0; c < h_.dim; c += 16) store16(to + c, load<vf>(turned + c));
     }
 
-    void rotate_and_write(const Layer& l, long row, float* qkv, T* query) {
-        for (long i = 0; i < h_.heads; i++) rotate(qkv + i * h_.dim, l.query_norm, row, query + i * h_.dim);
-        float *key = qkv + h_.heads * h_.dim, *value = key + h_.kv_heads * h_.dim;
-        const long slot = slots_[row] * h_.kv_heads * h_.dim;
-        for (long i = 0; i < h_.kv_heads; i++)
-            rotate(key + i * h_.dim, l.key_norm, row, static_cast<T*>(l.keys) + slot + i * h_.dim);
-        for (long c = 0; c < h_.kv_heads * h_.dim; c += 16)
-            store16(static_cast<T*>(l.values) + slot + c, load<vf>(value + c));
+    void rotate_queries(const Layer& l, long row, float* from, T* query) {
+        for (long i = 0; i < h_.heads; i++) rotate(from + i * h_.dim, l.query_norm, row, query + i * h_.dim);
+    }
+
+    void write_kv(const Layer& l, long row, float* key) {
+        const long width = h_.kv_heads * h_.dim, slot = slots_[row] * width;
+        for (long c = 0; c < width; c += h_.dim) rotate(key + c, l.key_norm, row, static_cast<T*>(l.keys) + slot + c);
+        for (long c = 0; c < width; c += 16) store16(static_cast<T*>(l.values) + slot + c, load<vf>(key + width + c));
     }
 
     // Of the last layer only the sampled rows matter beyond their KV.
     void keep_sampled(T* mixed, long width) {
-        long kept = 0;
-        for (const Span& span : spans_) {
-            if (!span.sampled) continue;
-            const long row = span.first_row + span.num_new - 1;
-            std::memmove(mixed + kept * width, mixed + row * width, width * sizeof(T));
-            std::memmove(hidden_ + kept * m_.hidden, hidden_ + row * m_.hidden, m_.hidden * sizeof(float));
-            kept++;
+        rows_ = long(sampled_.size());
+        for (long i = 0; i < rows_; i++) {
+            std::memmove(mixed + i * width, mixed + sampled_[i] * width, width * sizeof(T));
+            std::memmove(hidden_ + i * m_.hidden, hidden_ + sampled_[i] * m_.hidden, m_.hidden * sizeof(float));
         }
-        rows_ = kept;
     }
 
     // A decode row takes as many KV heads at once as leave every thread enough tasks: their KV lies together.
@@ -269,8 +292,9 @@ class DecoderOf final : public Decoder {
     std::vector<Span> spans_;
     std::vector<AttentionTask> all_, last_;
     std::vector<int64_t> positions_, slots_;
+    std::vector<long> sampled_;  // rows, in the order of their spans
     Buffer<float> hidden_buffer_, angles_, sums_, steps_;
     Buffer<uint8_t> bytes_;
-    Buffer<T> normed_, query_, mixed_, inner_;
+    Buffer<T> normed_, picked_, query_, mixed_, inner_;
     float* hidden_ = nullptr;
 };

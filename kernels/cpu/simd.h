@@ -76,9 +76,13 @@ LW_INLINE void store16<float>(float* to, vf v) {
 }
 template <>
 LW_INLINE void store16<bf16>(bf16* to, vf v) {  // to nearest, ties to even; values here are finite
+#if defined(__AVX512BF16__)
+    store(to, (vh)_mm512_cvtneps_pbh((__m512)v));
+#else
     vu bits = (vu)v;
     bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     store(to, __builtin_convertvector(bits, vh));
+#endif
 }
 LW_INLINE vf load16(const float* from) { return load<vf>(from); }
 LW_INLINE vf load16(const bf16* from) { return (vf)(__builtin_convertvector(load<vh>(from), vu) << 16); }
@@ -97,7 +101,20 @@ LW_INLINE float fold(vf v, const F& both) {
         for (int i = 0; i < width; i++) part[i] = both(part[i], part[i + width]);
     return part[0];
 }
-LW_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+LW_INLINE vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+LW_INLINE vf smaller(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return a < b ? a : b;
+#endif
+}
 LW_INLINE float sum(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)v);
@@ -113,23 +130,36 @@ LW_INLINE float largest(vf v) {
 #endif
 }
 
-// e^x within 2 ulp; 0 below -87, where a masked score (-inf) lands too.
-LW_INLINE vf exponential(vf x) {
-    const vi low = x < splat(-87.0f);
-    x = x > splat(88.0f) ? splat(88.0f) : x;
-    x = low ? splat(-87.0f) : x;
-    const vf magic = splat(12582912.0f);
-    const vf turns = fused(x, splat(1.44269504088896341f), magic) - magic;
-    vf r = fused(turns, splat(-0.693359375f), x);
-    r = fused(turns, splat(2.12194440e-4f), r);
-    vf p = splat(1.9875691500e-4f);
-    p = fused(p, r, splat(1.3981999507e-3f));
-    p = fused(p, r, splat(8.3334519073e-3f));
-    p = fused(p, r, splat(4.1665795894e-2f));
-    p = fused(p, r, splat(1.6666665459e-1f));
-    p = fused(p, r, splat(5.0000001201e-1f));
-    p = fused(p, r * r, r) + 1.0f;
-    const vi power = (__builtin_convertvector(turns, vi) + 127) << 23;
-    p = p * (vf)power;
-    return low ? splat(0.0f) : p;
+constexpr float LOG2_E = 1.44269504088896341f;
+
+// 2^y for finite y: within 1 ulp for float; for bf16, which keeps 8 bits, within 2^-18 at less cost.
+template <class T>
+LW_INLINE vf power_of_two(vf y) {
+#if defined(__AVX512F__)
+    const vf whole = (vf)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    y = larger(smaller(y, splat(127.0f)), splat(-127.0f));
+    const vf whole = (y + 12582912.0f) - 12582912.0f;
+#endif
+    const vf rest = y - whole;  // exact
+    vf p;
+    if constexpr (sizeof(T) == 4) {
+        p = splat(1.535336225e-4f);
+        p = fused(p, rest, splat(1.339887484e-3f));
+        p = fused(p, rest, splat(9.618437360e-3f));
+        p = fused(p, rest, splat(5.550332470e-2f));
+        p = fused(p, rest, splat(2.402264791e-1f));
+        p = fused(p, rest, splat(6.931472029e-1f));
+    } else {
+        p = splat(9.582853426e-3f);
+        p = fused(p, rest, splat(5.590642846e-2f));
+        p = fused(p, rest, splat(2.402409863e-1f));
+        p = fused(p, rest, splat(6.931241930e-1f));
+    }
+    p = fused(p, rest, splat(1.0f));
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+    return (vf)((vi)p + (__builtin_convertvector(whole, vi) << 23));  // at -127, zero takes its place
+#endif
 }
