@@ -1,13 +1,14 @@
 """Is the simulator right? One trace on real processes and in `lanewise.sim`, with a profile measured minutes before.
 
-Owns: the two traces, the replays, the one constant that is fitted, and the verdict (TTFT p50 and p90 within 10 %).
+Owns: the two traces, the replays, what is fitted on the first, and the verdict (TTFT p50 and p90 within 10 %).
 Must not: tune anything on the trace that is judged.
 
     python benchmarks/fidelity.py [--requests 1000] [--replays 5] [--load 0.6] [--json F]
 
 1. `lanewise profile` measures the engine on one core, on prompts of its own.
-2. A calibration trace (other lengths in another order, other arrivals, other prompts) is served and simulated. The
-   difference of the median TTFTs is the constant: client, router, two streams.
+2. A calibration trace (other lengths in another order, other arrivals, other prompts) is served and simulated. Two
+   constants come from it: what the worker's other threads (gRPC, transfer) take of its core for a request, measured as
+   CPU time and added to the time of a request; and the difference of the median TTFTs: client, router, two streams.
 3. The judged trace is served `replays` times by one router, one prefill and one decode worker, each worker on one core
    (router and client on any but the prefill worker's), and simulated once. Compared are simulated + constant and the
    median over the replays.
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -88,6 +90,15 @@ def trace(profile: Profile, count: int, load: float, seed: int) -> list[Ask]:
     return asks
 
 
+def beside_engine_s(pid: int) -> float:
+    """CPU seconds of all threads of a worker but the one that computes, which is the busiest."""
+    ticks = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        fields = (thread / "stat").read_text().rpartition(")")[2].split()
+        ticks.append(int(fields[11]) + int(fields[12]))  # utime, stime
+    return (sum(ticks) - max(ticks)) / os.sysconf("SC_CLK_TCK")
+
+
 def simulated(profile: Profile, asks: Sequence[Ask]) -> list[float]:
     """TTFT in seconds, without any constant."""
     requests = tuple(Request(a.index, a.arrival_s or 0.0, a.prompt_tokens, a.output_tokens) for a in asks)
@@ -142,17 +153,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         profile = measure_profile(folder)
-        first, judged = (
-            trace(profile, n, options.load, seed) for n, seed in ((options.requests // 4, 1), (options.requests, 2))
-        )
+        first = trace(profile, options.requests // 4, options.load, 1)
         roles = {role: {"replicas": 1, "kvCacheMemory": "512Mi"} for role in ("prefill", "decode")}
         with running(folder / "state", service_file(folder, disaggregation="Always", **roles)) as service:
             url = f"grpc://{service.grpc}"
             leave_to_prefill(service)
             asyncio.run(served(url, first[:50], 0))  # warm-up
+            before = beside_engine_s(service.pid("prefill"))
             calibration = points(asyncio.run(served(url, first, 1)))
+            beside_s = (beside_engine_s(service.pid("prefill")) - before) / len(first)
             print("calibration: p50 {:.1f} ms, p90 {:.1f} ms".format(*calibration), flush=True)
+            profile = replace(profile, cost=replace(profile.cost, request_s=profile.cost.request_s + beside_s))
             constant = calibration[0] - points(simulated(profile, first))[0]
+            judged = trace(profile, options.requests, options.load, 2)
             replays = []
             for number in range(options.replays):
                 replays.append(points(asyncio.run(served(url, judged, 2 + number))))
@@ -160,7 +173,9 @@ def main() -> int:
     real = tuple(median(values) for values in zip(*replays, strict=True))
     expected = tuple(value + constant for value in points(simulated(profile, judged)))
     errors = [b / a - 1 for a, b in zip(real, expected, strict=True)]
-    print(f"constant {constant:.2f} ms, from {len(first)} requests of another trace")
+    print(
+        f"from {len(first)} requests of another trace: {1e3 * beside_s:.2f} ms of core each, constant {constant:.2f} ms"
+    )
     for label, a, b, error, column in zip(
         ("p50", "p90"), real, expected, errors, zip(*replays, strict=True), strict=True
     ):
