@@ -15,6 +15,7 @@
 constexpr long BLOCK = 64;
 constexpr long MAX_HEAD_DIM = 256;
 constexpr long MAX_QUERY_ROWS = 96;
+constexpr long STRIP = 48;  // query rows that meet a block at once: their scores and its keys and values stay near
 
 struct Span {  // one sequence of the batch; mirrored in ../native.py
     int64_t first_row, num_new, num_context;
@@ -37,10 +38,10 @@ struct AttentionTask {  // query rows [low, high) of a span, for KV heads [kv_lo
 template <class T>
 struct Scratch {
     alignas(64) T query[MAX_QUERY_ROWS * MAX_HEAD_DIM];
-    alignas(64) T weights[MAX_QUERY_ROWS * BLOCK];
+    alignas(64) T weights[STRIP * BLOCK];
     alignas(64) uint32_t keys[MAX_HEAD_DIM * BLOCK];
     alignas(64) uint32_t values[MAX_HEAD_DIM * BLOCK];
-    alignas(64) float scores[MAX_QUERY_ROWS * BLOCK];
+    alignas(64) float scores[STRIP * BLOCK];
     alignas(64) float out[MAX_QUERY_ROWS * MAX_HEAD_DIM];
     alignas(64) vf total[MAX_QUERY_ROWS];  // 16 sums of each row
     alignas(64) float top[MAX_QUERY_ROWS + 16];  // read and written 16 at a time
@@ -130,11 +131,11 @@ LW_INLINE vf largest_of_each(const vf* rows) {
 }
 
 struct Sight {  // which keys of a block a query row sees
-    long position, window, start, group;  // of the first row and the block; `group` rows share a position
-    LW_INLINE vi mask(long row, int part) const {
-        const long at = position + row / group, low = window > 0 ? at + 1 - window : 0;
+    long position, window, group, first;  // of a task's first row within the block; `group` rows share a position
+    LW_INLINE vi mask(long row, int part) const {  // of row `first` + `row`, for 16 keys
+        const long at = position + (first + row) / group, oldest = window > 0 ? at + 1 - window : 0;
         const vi key = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + 16 * part;
-        return (key >= int32_t(low - start)) & (key <= int32_t(at - start));
+        return (key >= int32_t(oldest)) & (key <= int32_t(at));
     }
 };
 
@@ -214,23 +215,30 @@ LW_INLINE void block_product(Tile t, long rows, long panels) {
 template <class T>
 LW_INLINE void attend_head(Scratch<T>& s, const AttentionTask& task, const Heads& h, long block, long base, long count,
                            const T* const* keys, const T* const* values, long column, long window, float steps) {
-    const long units = h.dim / per_unit<T>, start = block * BLOCK, first = task.span->num_context + task.low;
-    const long newest = task.span->num_context + task.high - 1;
-    const long seen = std::min(BLOCK, (newest - start) / 16 * 16 + 16);  // keys past these nobody here may look at
-    const bool masked = first + 1 - start < BLOCK || (window > 0 && newest + 1 - window > start);
-    pack_keys(keys, seen, column, h.dim, s.keys);
-    const uint32_t* query = reinterpret_cast<const uint32_t*>(s.query + base * h.dim);
-    block_product<T, false>({query, units, units, reinterpret_cast<const uint8_t*>(s.keys), units * PANEL * 4, s.scores, BLOCK},
-                            count, (seen + PANEL - 1) / PANEL);
-    alignas(64) float factors[MAX_QUERY_ROWS + 16];
-    const Sight sight{first, window, start, h.group()};
-    masked ? soften<T, true>(s, count, base, sight, steps, factors) : soften<T, false>(s, count, base, sight, steps, factors);
-    pack_values(values, seen, column, h.dim, s.values);
-    const uint32_t* weights = reinterpret_cast<const uint32_t*>(s.weights);
-    const long padded = h.padded(), key_units = BLOCK / per_unit<T>;
-    block_product<T, true>({weights, key_units, seen / per_unit<T>, reinterpret_cast<const uint8_t*>(s.values),
-                            key_units * PANEL * 4, s.out + base * padded, padded, nullptr, factors},
-                           count, padded / PANEL);
+    const long units = h.dim / per_unit<T>, key_units = BLOCK / per_unit<T>, padded = h.padded(), start = block * BLOCK;
+    const auto position = [&](long row) { return task.span->num_context + task.low + row / h.group() - start; };
+    const auto seen_by = [&](long row) { return std::min(BLOCK, position(row) / 16 * 16 + 16); };  // whole vectors
+    pack_keys(keys, seen_by(count - 1), column, h.dim, s.keys);
+    pack_values(values, seen_by(count - 1), column, h.dim, s.values);
+    const uint32_t *query = reinterpret_cast<const uint32_t*>(s.query), *weights = reinterpret_cast<const uint32_t*>(s.weights);
+    const uint8_t* near_keys = reinterpret_cast<const uint8_t*>(s.keys);
+    const uint8_t* near_values = reinterpret_cast<const uint8_t*>(s.values);
+    alignas(64) float factors[STRIP];
+    for (long low = 0; low < count; low += STRIP) {
+        const long rows = std::min(STRIP, count - low), state = base + low, last = low + rows - 1;
+        if (position(last) < 0) continue;  // the block is behind all of them
+        const long seen = seen_by(last);
+        block_product<T, false>({query + state * units, units, units, near_keys, units * PANEL * 4, s.scores, BLOCK}, rows,
+                                (seen + PANEL - 1) / PANEL);
+        const Sight sight{position(0), window, h.group(), low};
+        if (position(low) + 1 < BLOCK || (window > 0 && position(last) >= window))
+            soften<T, true>(s, rows, state, sight, steps, factors);
+        else
+            soften<T, false>(s, rows, state, sight, steps, factors);
+        block_product<T, true>({weights, key_units, seen / per_unit<T>, near_values, key_units * PANEL * 4,
+                                s.out + state * padded, padded, nullptr, factors},
+                               rows, padded / PANEL);
+    }
 }
 
 template <class T>
