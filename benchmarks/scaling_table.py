@@ -29,7 +29,7 @@ from lanewise.sim.report import summarise
 from lanewise.sim.scaling_cluster import ScaledService, simulate_scaled
 from lanewise.sim.scaling_controllers import Controller, HpaUtilisation, KedaQueue, Policy, Schedule, Threshold
 from lanewise.sim.scaling_day import Day, Mix, arrivals, mix_of
-from lanewise.sim.scaling_interval import STABLE, Result, World, run, turns
+from lanewise.sim.scaling_interval import Result, World, run, turns
 from lanewise.sim.scaling_response import Response, measure
 from lanewise.sim.service import load_service
 from lanewise.sim.workload import read_trace
@@ -99,7 +99,7 @@ class Cell:
         """The fewest workers that keep the goal at a steady rate; prefill time is never planned above all of it."""
         wanted, best = goal(self.trace), None
         for decode in range(1, self.most[1] + 1):
-            if rate > STABLE * decode * self._flat.response.full_rate:
+            if rate > decode * self._flat.response.full_rate:
                 continue
             for prefill in range(1, self.most[0] + 1):
                 if best is not None and prefill + decode >= sum(best):

@@ -23,7 +23,8 @@ from lanewise.policy.cost import CostModel
 from lanewise.policy.scaling_types import Demand
 
 BUSY = 0.95  # of what workers can do at all that may be planned with
-POOL = 0.92  # of a KV pool that may be planned with: decode admits up to .95
+POOL = 0.95  # of a KV pool that decode admits up to
+SHARING = 3  # workers that even out each other's crowds: what is placed stays where it is, so more make it no better
 STEP = 0.95  # of the TPOT target that a step may take
 MOST_SEQUENCES = 512.0  # a worker decodes together
 CROWDED = (0.002, 0.25)  # bounds of the share of moments that may be crowded
@@ -126,9 +127,11 @@ def most_sequences(load: DecodeLoad, cost: CostModel, capacity: int, tpot_s: flo
     """Sequences of mean context that a worker can decode together within its pool and the TPOT target.
 
     `slower`: measured over expected step time. `capacity` 0: the pool is not known and does not limit.
+    Who is next and does not fit yet leaves half of its own size empty, on average; long ones are next more often.
     """
     context = max(load.context_tokens, 1.0)
-    low, high = 1.0, min(POOL * capacity / context if capacity else MOST_SEQUENCES, MOST_SEQUENCES)
+    fitting = POOL * capacity / context - (1 + load.spread) / 2
+    low, high = 1.0, min(max(fitting, 1.0) if capacity else MOST_SEQUENCES, MOST_SEQUENCES)
     while high - low > 0.01 * low:  # the most whose step is short enough, or the whole pool
         middle = (low + high) / 2
         low, high = (middle, high) if step_s(middle, context, cost) * slower <= STEP * tpot_s else (low, middle)
@@ -143,9 +146,9 @@ def rare(crowded: float) -> float:
 def held_sequences(workers: int, most: float, spread: float, deviations: float) -> float:
     """Mean sequences per worker at which all but rare moments stay within `most`, shared by the workers.
 
-    Solves mean + deviations · sqrt(mean · (1 + spread) / workers) = most.
+    Solves mean + deviations · sqrt(mean · (1 + spread) / workers) = most, for no more workers than share a crowd.
     """
-    half = deviations * sqrt((1 + spread) / workers) / 2
+    half = deviations * sqrt((1 + spread) / min(workers, SHARING)) / 2
     return max(sqrt(half * half + most) - half, 0.0) ** 2
 
 
@@ -182,7 +185,8 @@ def crowded_share(workers: int, load: DecodeLoad, worker: DecodeWorker) -> float
         mean = min(
             load.tokens_per_s / workers * step_s(mean, load.context_tokens, worker.cost) * worker.slower, 2 * most
         )
-    return 1 - NORMAL.cdf((most - mean) / sqrt(max(mean, 1e-9) * (1 + load.spread) / workers))
+    spread = sqrt(max(mean, 1e-9) * (1 + load.spread) / min(workers, SHARING))
+    return 1 - NORMAL.cdf((most - mean) / spread)
 
 
 def decode_workers(load: DecodeLoad, running: float, worker: DecodeWorker, limit: int) -> int:

@@ -23,8 +23,6 @@ from lanewise.sim.scaling_controllers import SYNC_S, Controller, Measured
 from lanewise.sim.scaling_day import Day, Mix, Period, periods
 from lanewise.sim.scaling_response import Response
 
-STABLE = 0.95  # of the rate that fills the pools on average: above it a queue grows for ever
-
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -60,7 +58,14 @@ class World:
         if prefill < 1 or decode < 1:
             return 0.0
         ttft = self.response.attained.at(prefill, rate * self.mix.work_s / prefill)
-        return ttft * self.response.tpot.at(decode, rate / (decode * self.response.full_rate))
+        return ttft * self.in_pace(decode, rate)
+
+    def in_pace(self, decode: int, rate: float) -> float:
+        """Share within the TPOT target but for what waits: what is more than can be served waits, see `_patient`."""
+        if decode < 1:
+            return 0.0
+        tpot = self.response.tpot
+        return tpot.at(decode, min(rate / (decode * self.response.full_rate), tpot.loads[-1]))
 
 
 @dataclass(slots=True)
@@ -164,7 +169,7 @@ class _Run:
         world, capacity = self.world, self.world.profile.kv_capacity_tokens
         output = world.mix.output_tokens
         context = world.mix.prompt_tokens + output
-        full = STABLE * world.response.full_rate * d
+        full = world.response.full_rate * d
         self.behind = max(self.behind + (rate - full) * SYNC_S, 0.0)
         held = self.held.get(d, 0.5)
         for _ in range(3 if d in self.held else 12):  # Little's law with steps that grow with what is held
@@ -183,7 +188,7 @@ class _Run:
         if not d:
             return 0.0
         world = self.world
-        wait_s = self.behind / (STABLE * world.response.full_rate * d)
+        wait_s = self.behind / (world.response.full_rate * d)
         context = world.mix.prompt_tokens + world.mix.output_tokens
         spare_s = world.tpot_s - step_s(self.held[d], context, world.profile.cost)
         return world.mix.longer_than(wait_s / spare_s) if spare_s > 0 else 0.0
@@ -196,8 +201,7 @@ class _Run:
         life = world.mix.output_tokens * 0.03
         self.served_output += (demand.output_tokens - self.served_output) * min(SYNC_S / (SYNC_S + life), 1.0)
         late = demand.attainable * lost
-        full = rate / (measured.decode_ready * world.response.full_rate) if measured.decode_ready else 0.0
-        in_time = world.response.tpot.at(measured.decode_ready, full) * self._patient(measured.decode_ready)
+        in_time = world.in_pace(measured.decode_ready, rate) * self._patient(measured.decode_ready)
         return replace(
             demand,
             output_tokens=self.served_output,

@@ -25,9 +25,10 @@ from lanewise.sim.workload import Workload, one_token
 PREFILL_COUNTS = (1, 2, 3, 4, 6, 10, 18)  # beyond the last, its row: more workers share waits better still
 PREFILL_LOADS = (0.3, 0.55, 0.7, 0.8, 0.87, 0.93, 1.0, 1.1, 1.3)  # of the workers' time
 DECODE_COUNTS = (1, 2, 4, 8)
-DECODE_LOADS = (0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15)  # of `full_rate`
+DECODE_LOADS = (0.3, 0.45, 0.6, 0.7, 0.8, 0.87, 0.93, 0.98)  # of `full_rate`: beyond it nothing is steady
 WARM = 0.2  # of each run is left out
-INSTANT = CostModel(*([1e-9] * 12))
+INSTANT = CostModel(*([1e-18] * 12))  # the attention of a long prompt is 1e10 pairs
+FULL_WORKERS, FULL_TRACES, FULL_OFFER = 2, 2, 1.4  # of the run that measures `full_rate`
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Response:
     attained: Table
     kept: Table
     tpot: Table
-    full_rate: float  # requests a second of one decode worker: load 1 of `tpot`
+    full_rate: float  # requests a second that one decode worker ends while more wait: load 1 of `tpot`
 
     def to_mapping(self) -> dict[str, Any]:
         tables = {name: getattr(self, name) for name in ("attained", "kept", "tpot")}
@@ -84,13 +85,16 @@ class Response:
         return cls(table("attained"), table("kept"), table("tpot"), float(data["full_rate"]))
 
 
-def full_rate(mix: Mix, profile: Profile, tpot_target_s: float) -> float:
-    """Requests a second of a decode worker whose pool, or step time, is just full on average."""
+def full_rate(mix: Mix, profile: Profile, tpot_target_s: float, seed: int = 0) -> float:
+    """Requests a second that a decode worker ends while more wait for it than it can hold."""
     context = mix.prompt_tokens + mix.output_tokens
     held = profile.kv_capacity_tokens / context
-    while held > 1 and step_s(held, context, profile.cost) > tpot_target_s:
-        held *= 0.98
-    return held / (mix.output_tokens * step_s(held, context, profile.cost))
+    guess = held / (mix.output_tokens * step_s(held, context, profile.cost))
+    rate = FULL_OFFER * guess * FULL_WORKERS
+    outcome = _decoded(mix, profile, tpot_target_s, FULL_WORKERS, rate, FULL_TRACES * len(mix.requests), seed)
+    last = outcome.tracks[-1].arrival_s
+    ended = sum(track.end_s is not None and WARM * last <= track.end_s < last for track in outcome.tracks)
+    return ended / ((1 - WARM) * last) / FULL_WORKERS
 
 
 def measure(
@@ -109,19 +113,20 @@ def measure(
         attained.append(_falling([cell[0] for cell in cells]))
         kept.append(_falling([cell[1] for cell in cells]))
         on_run(f"{mix.name}: {count} prefill")
+    full = full_rate(mix, profile, tpot_target_s, seed)
     return Response(
         Table(PREFILL_COUNTS, PREFILL_LOADS, tuple(attained)),
         Table(PREFILL_COUNTS, PREFILL_LOADS, tuple(kept)),
-        measure_decode(mix, profile, tpot_target_s, on_run, seed),
-        full_rate(mix, profile, tpot_target_s),
+        measure_decode(mix, profile, tpot_target_s, full, on_run, seed),
+        full,
     )
 
 
 def measure_decode(
-    mix: Mix, profile: Profile, tpot_target_s: float, on_run: Callable[[str], None], seed: int = 0
+    mix: Mix, profile: Profile, tpot_target_s: float, rate: float, on_run: Callable[[str], None], seed: int = 0
 ) -> Table:
-    """Shares within the TPOT target."""
-    rate, cells = full_rate(mix, profile, tpot_target_s), []
+    """Shares within the TPOT target; `rate`: that of a full worker."""
+    cells = []
     for count in DECODE_COUNTS:
         shares = [decode_cell(mix, profile, tpot_target_s, count, load * rate * count, seed) for load in DECODE_LOADS]
         cells.append(_falling(shares))
@@ -155,17 +160,28 @@ def prefill_cell(
 
 def decode_cell(mix: Mix, profile: Profile, tpot_target_s: float, count: int, rate: float, seed: int) -> float:
     """Share within the TPOT target of `count` decode workers behind a prefill that takes no time."""
-    requests = max(2000, int(rate * 30 * mix.output_tokens * 0.03))  # some thirty lifetimes
-    instant = replace(profile, cost=INSTANT)
-    config = SimConfig((instant,), (profile,) * count, tpot_target_s=tpot_target_s, max_batch_tokens=1 << 20)
-    outcome, _ = _steady(mix, config, rate, requests, seed, one=False)
+    requests = max(len(mix.requests), int(rate * 30 * mix.output_tokens * 0.03))  # at least some thirty lifetimes
+    outcome = _decoded(mix, profile, tpot_target_s, count, rate, requests, seed)
     tpots = [tpot_s(track) for track in outcome.tracks[int(WARM * requests) :]]
     return sum(value is None or value <= tpot_target_s for value in tpots) / len(tpots)
 
 
+def _decoded(
+    mix: Mix, profile: Profile, tpot_target_s: float, count: int, rate: float, requests: int, seed: int
+) -> Outcome:
+    """A steady load on decode workers behind a prefill that takes no time."""
+    instant = replace(profile, cost=INSTANT)
+    config = SimConfig((instant,), (profile,) * count, tpot_target_s=tpot_target_s, max_batch_tokens=1 << 20)
+    return _steady(mix, config, rate, requests, seed, one=False)[0]
+
+
 def _steady(mix: Mix, config: SimConfig, rate: float, requests: int, seed: int, one: bool) -> tuple[Outcome, list[int]]:
-    draw = random.Random(seed)
-    drawn = draw.choices(range(len(mix.requests)), k=requests)
+    """Whole traces, shuffled, at random times: with requests drawn at random the load would be off by percents."""
+    draw, every = random.Random(seed), range(len(mix.requests))
+    drawn: list[int] = []
+    while len(drawn) < requests:
+        drawn += draw.sample(every, len(every))
+    drawn = drawn[:requests]
     now, rows = 0.0, []
     for number, index in enumerate(drawn):
         now += draw.expovariate(rate)

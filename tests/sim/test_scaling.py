@@ -21,7 +21,7 @@ from lanewise.sim.scaling_controllers import SYNC_S, HpaUtilisation, KedaQueue, 
 from lanewise.sim.scaling_day import Day, Mix, arrivals, mix_of, periods
 from lanewise.sim.scaling_interval import World, run, turns
 from lanewise.sim.scaling_pooled import PooledCluster, PooledService, pool_of, read_pools
-from lanewise.sim.scaling_response import Response, prefill_cell
+from lanewise.sim.scaling_response import INSTANT, Response, prefill_cell
 from lanewise.sim.workload import Request, Workload, read_trace
 
 ROOT = Path(__file__).parent.parent.parent
@@ -65,6 +65,26 @@ def test_the_interval_model_agrees_with_the_event_simulator(fixed: bool) -> None
     share = summarise(outcome, TTFT_S, TPOT_S, None)["slo_attainment"]
     assert quick.attained == pytest.approx(share, abs=0.015)
     assert quick.gpu_hours == pytest.approx(scaled.gpu_hours, rel=0.02 if fixed else 0.12)
+
+
+def test_a_queue_for_decode_is_as_long_by_intervals_as_request_by_request() -> None:
+    """A load that one decode worker cannot hold for a while: what waits is late, and until it is worked off."""
+    full = mix_of(read_trace(ROOT / "benchmarks/data/azure_llm_2023_conv.csv.gz"), PROFILE.cost, TTFT_S, False)
+    peak = 1.15 * response().full_rate
+    day = Day(peak, peak / 2, seconds=600.0)
+    world = World.make(day, full, response(), PROFILE, TTFT_S, TPOT_S, START_S, seed=1)
+    steps = [(0.0, 6, 1)]
+    quick = run(world, Schedule(steps, START_S), (6, 1))
+    service = ScaledService(config(), (6, 1), START_S)
+    outcome, _ = simulate_scaled(service, arrivals(day, full, 1), Schedule(steps, START_S))
+    share = summarise(outcome, TTFT_S, TPOT_S, None)["slo_attainment"]
+    assert share < 0.6, "decode is too small here"
+    assert quick.attained == pytest.approx(share, abs=0.1)
+
+
+def test_a_prefill_that_takes_no_time_takes_none() -> None:
+    """Behind it decode is measured; a prefill that took time would keep the load from decode."""
+    assert INSTANT.alone(130_000) < 1e-6
 
 
 def test_a_cell_of_the_response_table_is_what_the_event_simulator_gives() -> None:
