@@ -1,10 +1,13 @@
 """How fast the KV channel moves KV, against pyzmq alone: zero-copy send, one copy on arrival, same run, same machine.
 
-    python benchmarks/kv_channel.py [--mib 16 1] [--rounds 15] [--flight 8] [--stripes 1] [--chunk-kib 4096] [--json]
+    python benchmarks/kv_channel.py [--mib 16 1] [--rounds 15] [--flight 8] [--stripes 1] [--chunk-kib 4096]
+                                    [--channel Auto|ZeroMQ] [--json]
 
-Sender and receiver are two processes with the pool of a real worker. A round moves 128 MiB in transfers of the given
-size, so many in flight; pyzmq moves as many bytes from and into as much memory, in messages as long as a chunk. Rounds
-of both take turns, so that whatever else the machine does hits both, and the ratio is the median over such pairs.
+Sender and receiver are two processes with the pool of a real worker. A round moves 512 MiB in transfers of the given
+size, so many in flight until the last ones; pyzmq moves as many bytes from and into as much memory, in messages as long
+as a chunk. Rounds of both take turns, so that whatever else the machine does hits both, and the ratio is the median
+over such pairs. A transfer that has ended is followed by the next from the channel's own thread, as pyzmq's messages
+follow each other, so that no thread of the benchmark stands between them.
 Transfers of 64 KiB are reported as latency: from `begin` to Delivered, one at a time.
 """
 
@@ -43,7 +46,7 @@ from lanewise.transfer import (
 
 LAYOUT = KVLayout(num_layers=28, num_kv_heads=4, head_dim=128, dtype="bfloat16", dtype_bytes=2)  # Qwen2.5-7B
 PAGE_TOKENS = 16
-ROUND_BYTES = 128 * 2**20
+ROUND_BYTES = 512 * 2**20
 CACHE_KEY = b"k" * 32
 
 
@@ -56,6 +59,12 @@ def num_pages(tokens: int) -> int:
     return -(-tokens // PAGE_TOKENS)
 
 
+def slot_pages(key: tuple[str, int], flight: int, per: int) -> list[int]:
+    """The pages of a transfer: those of the last one in its slot, which has ended."""
+    slot = int(key[0].rpartition("/")[2]) % flight
+    return list(range(slot * per, (slot + 1) * per))
+
+
 def pieces(region: int, total: int, piece: int) -> Iterator[tuple[int, int]]:
     """(start, end) in a region that is gone through again and again until so many bytes have passed."""
     done = 0
@@ -66,7 +75,7 @@ def pieces(region: int, total: int, piece: int) -> Iterator[tuple[int, int]]:
         done += length
 
 
-def decode_process(pipe: Connection, tokens: int, flight: int, chunk_bytes: int) -> None:
+def decode_process(pipe: Connection, tokens: int, flight: int, chunk_bytes: int, direct: bool) -> None:
     """The receiving end of both contestants. Each transfer in flight has pages of its own."""
     pool = make_pool(tokens, flight)
     per = num_pages(tokens)
@@ -75,15 +84,14 @@ def decode_process(pipe: Connection, tokens: int, flight: int, chunk_bytes: int)
     def react(event: Any) -> None:
         assert receiver is not None
         if isinstance(event, Offered):
-            slot = int(event.key[0].rpartition("/")[2]) % flight
-            receiver.grant(event.key, list(range(slot * per, (slot + 1) * per)), 0)
+            receiver.grant(event.key, slot_pages(event.key, flight, per), 0)
         elif isinstance(event, Aborted):
             pipe.send(event.reason)
 
     for layer in pool.layers:
         layer.fill_(1)  # memory that is there: neither contestant pays for faulting it in
     settle_collector()
-    receiver = Receiver(Endpoint("decode", "f", {}, LAYOUT), pool, react)
+    receiver = Receiver(Endpoint("decode", "f", {}, LAYOUT), pool, react, direct=direct)
     context = zmq.Context()
     plain = context.socket(zmq.ROUTER)
     plain.setsockopt(zmq.RCVHWM, 8)
@@ -108,29 +116,6 @@ def decode_process(pipe: Connection, tokens: int, flight: int, chunk_bytes: int)
     context.destroy(linger=0)
 
 
-def channel_round(
-    sender: Sender, events: queue.Queue[Any], pipe: Connection, peer: Peer, tokens: int, count: int, flight: int, n: int
-) -> float:
-    """Seconds for `count` transfers, `flight` of them at a time."""
-    keys = [(f"r{n}/{index}", 1) for index in range(count)]
-    pipe.send(("expect", keys))
-    pipe.recv()
-    per, ids = num_pages(tokens), list(range(tokens))
-    waiting, under_way = list(reversed(keys)), 0
-    start = time.perf_counter()
-    while waiting or under_way:
-        while waiting and under_way < flight:
-            key = waiting.pop()
-            slot = int(key[0].rpartition("/")[2]) % flight
-            sender.begin(key, peer, ids, CACHE_KEY, list(range(slot * per, (slot + 1) * per)))
-            sender.commit(key, Token(*key, 0, 1))
-            under_way += 1
-        event = events.get(timeout=60)
-        assert isinstance(event, Delivered), event
-        under_way -= 1
-    return time.perf_counter() - start
-
-
 def plain_round(
     sock: zmq.Socket[bytes], pipe: Connection, source: np.ndarray, num_bytes: int, chunk_bytes: int
 ) -> float:
@@ -150,11 +135,13 @@ def cpu_seconds(pipe: Connection) -> float:
 
 
 class Contest:
-    def __init__(self, tokens: int, flight: int, stripes: int, chunk: int) -> None:
-        size = LAYOUT.slice_bytes(tokens, LAYOUT.num_layers)
+    def __init__(self, tokens: int, flight: int, args: argparse.Namespace) -> None:
+        size, chunk = LAYOUT.slice_bytes(tokens, LAYOUT.num_layers), args.chunk_kib * 1024
         self.tokens, self.flight, self.chunk = tokens, flight, min(chunk, size)
+        direct = args.channel == "Auto"
         self.pipe, theirs = mp.get_context("spawn").Pipe()
-        self.process = mp.get_context("spawn").Process(target=decode_process, args=(theirs, tokens, flight, self.chunk))
+        facts = (theirs, tokens, flight, self.chunk, direct)
+        self.process = mp.get_context("spawn").Process(target=decode_process, args=facts)
         self.process.start()
         address, plain_address = self.pipe.recv()
         self.events: queue.Queue[Any] = queue.Queue()
@@ -162,8 +149,8 @@ class Contest:
         for layer in pool.layers:
             layer.fill_(2)
         self.source = np.full(flight * size, 2, np.uint8)
-        limits = Limits(chunk_bytes=chunk, stripes=stripes)
-        self.sender = Sender(Endpoint("prefill", "f", {}, LAYOUT), pool, self.react, limits=limits)
+        limits = Limits(chunk_bytes=chunk, stripes=args.stripes)
+        self.sender = Sender(Endpoint("prefill", "f", {}, LAYOUT), pool, self.react, limits=limits, direct=direct)
         self.sender.start()
         self.peer = Peer(address, "decode")
         self.sender.connect(self.peer)
@@ -176,15 +163,37 @@ class Contest:
         self.sock.setsockopt(zmq.SNDHWM, 8)
         self.sock.connect(plain_address)
         self.rounds = 0
+        self.count = self.delivered = 0  # transfers of this round
+        self.ids = list(range(tokens))
 
     def react(self, event: Any) -> None:
-        if isinstance(event, Delivered | Aborted | Busy | LinkReport):
+        if isinstance(event, Delivered):
+            self.delivered += 1
+            name, _, index = event.key[0].rpartition("/")
+            if int(index) + self.flight < self.count:
+                self.begin((f"{name}/{int(index) + self.flight}", 1))
+            if self.delivered == self.count:
+                self.events.put(event)
+        elif isinstance(event, Aborted | Busy | LinkReport):
             self.events.put(event)
 
+    def begin(self, key: tuple[str, int]) -> None:
+        self.sender.begin(key, self.peer, self.ids, CACHE_KEY, slot_pages(key, self.flight, num_pages(self.tokens)))
+        self.sender.commit(key, Token(*key, 0, 1))
+
     def channel(self, count: int) -> float:
+        """Seconds for `count` transfers, `flight` of them at a time."""
         self.rounds += 1
-        args = (self.sender, self.events, self.pipe, self.peer, self.tokens, count, self.flight, self.rounds)
-        return channel_round(*args)
+        self.count, self.delivered = count, 0
+        keys = [(f"r{self.rounds}/{index}", 1) for index in range(count)]
+        self.pipe.send(("expect", keys))
+        self.pipe.recv()
+        start = time.perf_counter()
+        for key in keys[: self.flight]:
+            self.begin(key)
+        end = self.events.get(timeout=60)
+        assert isinstance(end, Delivered), end
+        return time.perf_counter() - start
 
     def plain(self, nbytes: int) -> float:
         return plain_round(self.sock, self.pipe, self.source, nbytes, self.chunk)
@@ -202,7 +211,7 @@ def measure(mib: float, args: argparse.Namespace) -> dict[str, Any]:
     size = tokens * LAYOUT.bytes_per_token
     count = max(args.flight, ROUND_BYTES // size)
     total = count * size
-    contest = Contest(tokens, args.flight, args.stripes, args.chunk_kib * 1024)
+    contest = Contest(tokens, args.flight, args)
     rates: dict[str, list[float]] = {"lanewise": [], "pyzmq": []}
     cpu = {"lanewise": 0.0, "pyzmq": 0.0}
     for n in range(args.rounds + 1):
@@ -228,7 +237,7 @@ def measure(mib: float, args: argparse.Namespace) -> dict[str, Any]:
 
 def latency_us(args: argparse.Namespace, kib: int = 64) -> list[float]:
     tokens = -(-kib * 1024 // LAYOUT.bytes_per_token)
-    contest = Contest(tokens, 1, args.stripes, args.chunk_kib * 1024)
+    contest = Contest(tokens, 1, args)
     taken = sorted(contest.channel(1) * 1e6 for _ in range(200))
     contest.close()
     return taken
@@ -241,6 +250,7 @@ def main() -> None:
     parser.add_argument("--flight", type=int, default=8, help="transfers under way at a time")
     parser.add_argument("--stripes", type=int, default=1)
     parser.add_argument("--chunk-kib", type=int, default=Limits().chunk_bytes // 1024)
+    parser.add_argument("--channel", choices=["Auto", "ZeroMQ"], default="Auto", help="as of the workers")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rows = [measure(mib, args) for mib in args.mib]
@@ -249,7 +259,8 @@ def main() -> None:
         print(json.dumps({"transfers": rows, "latency_us": {"p50": taken[100], "p99": taken[198]}}))
         return
     print(
-        f"{args.flight} in flight, {args.stripes} stripe(s), {args.chunk_kib} KiB chunks; GB/s, CPU s/GB of both sides"
+        f"{args.channel}: {args.flight} in flight, {args.stripes} stripe(s), {args.chunk_kib} KiB chunks; "
+        "GB/s, CPU s/GB of both sides"
     )
     print(f"{'MiB':>5}{'channel':>9}{'(min':>7}{'max)':>6}{'pyzmq':>8}{'ratio':>7}{'CPU':>7}{'pyzmq':>7}")
     for row in rows:

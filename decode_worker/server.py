@@ -61,6 +61,7 @@ async def _serve(config: WorkerConfig) -> None:
         data_listen=config.kv_data_listen,
         security=security,
         group_host=group_host(config.kv_channel, config.advertise_host or config.kv_listen),
+        direct=config.kv_channel == "Auto",
     )
     facts = worker_facts(
         config,

@@ -103,10 +103,13 @@ class WorkerConfig(_ProcessConfig):
     )
     secret_dir: str = Field("", description="folder with the keys of the service, from `lanewise keys make`")
     kv_data_listen: str = Field(
-        "", description="ZeroMQ endpoint for data with Authenticated; default: the port after kv_listen's"
+        "",
+        description="endpoint for data beside control; default: any port; with Authenticated the one after kv_listen's",
     )
     kv_channel: Literal["Auto", "ZeroMQ", "NCCL", "IPC"] = Field(
-        "Auto", description="how KV travels; NCCL is its CPU form (gloo) so far, IPC is refused; Auto: ZeroMQ"
+        "Auto",
+        description="how KV travels; NCCL is its CPU form (gloo) so far, IPC is refused; "
+        "Auto: by plain TCP connections where nothing is encrypted and they come about, else ZeroMQ",
     )
     kv_encoding: Literal["Native", "Int8", "KIVI4", "KIVI2"] = Field(
         "Native", description="how KV is written on the wire; all but Native are lossy, KIVI4 and KIVI2 experimental"

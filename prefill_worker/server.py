@@ -55,7 +55,10 @@ async def _serve(config: WorkerConfig) -> None:
         policy = make_batch_policy(config.batch_policy, max_batch_tokens=config.max_batch_tokens, cost=CostModel())
         loop = PrefillLoop(engine, policy, outbox, faults, ttft_target_s=config.ttft_target_s)
         host = group_host(config.kv_channel, config.advertise_host or config.listen)
-        sender = Sender(endpoint, engine.pool, loop.on_transfer, faults=faults, security=security, group_host=host)
+        direct = config.kv_channel == "Auto"
+        sender = Sender(
+            endpoint, engine.pool, loop.on_transfer, faults, security=security, group_host=host, direct=direct
+        )
         loop.attach_sender(sender)
         sender.start()
         return loop

@@ -1,8 +1,8 @@
 """The KV pool: page bookkeeping plus the tensors the pages are in, and their canonical wire form.
 
 Owns: allocation of the KV tensors, its automatic size, and the copies between pages and wire bytes.
-Must not: compute attention (kernels do) or schedule. `read` and `write` are the only methods that another thread than
-the engine's may call, and only for pages that the engine thread has lent to a transfer.
+Must not: compute attention (kernels do) or schedule. `read`, `write` and `views` are the only methods that another
+thread than the engine's may call, and only for pages that the engine thread has lent to a transfer.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class KVPool(PageTable):
         self._row_bytes = layout.num_kv_heads * layout.head_dim * layout.dtype_bytes
         self._raw = memory.view(layout.num_layers, 2, num_pages * page_tokens, -1).view(torch.uint8)
         self._rows: Bytes | None = self._raw.numpy() if device.type == "cpu" else None
+        self._flat = self._rows.reshape(-1).data if self._rows is not None else None
 
     def populate(self) -> threading.Thread | None:
         """Has memory that KV will be written to made real, in a thread of its own; None: not on a CPU."""
@@ -74,6 +75,18 @@ class KVPool(PageTable):
         for index, layer in enumerate(layers):
             part = torch.from_numpy(source[index].copy()).to(self.device)
             self._raw[layer].index_copy_(1, self._slots(runs), part)
+
+    def views(self, pages: Seq[int], tokens: range, layers: range) -> list[memoryview] | None:
+        """What `read` copies, in the same order, but where it lies: to be read or filled in place.
+
+        None where it lies in no memory of this process."""
+        if self._flat is None:
+            return None
+        flat, row = self._flat, self._row_bytes
+        plane = self.num_pages * self.page_tokens * row  # K or V of one layer
+        runs = [(slot * row, (slot + count) * row) for slot, _, count in self._runs(pages, tokens)]
+        planes = range(2 * layers.start * plane, 2 * layers.stop * plane, plane)
+        return [flat[at + start : at + stop] for at in planes for start, stop in runs]
 
     def _slots(self, runs: list[tuple[int, int, int]]) -> torch.Tensor:
         return torch.cat([torch.arange(slot, slot + count) for slot, _, count in runs]).to(self.device)

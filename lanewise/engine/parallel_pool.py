@@ -60,6 +60,9 @@ class ParallelPool(KVPool):
             for sock in self._followers:
                 receive(sock)  # written
 
+    def views(self, pages: Seq[int], tokens: range, layers: range) -> None:
+        """None: heads of several ranks lie side by side on the wire."""
+
     def _ask(self, question: Copy) -> None:
         data = msgspec.msgpack.encode(question)
         for sock in self._followers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import xxhash
@@ -84,7 +84,8 @@ class Cutter:
         for edge in (lo, hi):
             for index, band in enumerate(self._bands):
                 if band.lo < edge < band.hi:
-                    self._bands[index : index + 1] = [replace(band, hi=edge), replace(band, lo=edge)]
+                    parts = [_Band(low, high, band.cut, band.ready) for low, high in ((band.lo, edge), (edge, band.hi))]
+                    self._bands[index : index + 1] = parts
                     break
         return [band for band in self._bands if lo <= band.lo and band.hi <= hi]
 

@@ -7,8 +7,9 @@ Must not: read a clock (`now` is an argument everywhere), do I/O, or compute a c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from lanewise.transfer.messages import AnyMessage, Probe
 from lanewise.transfer.records import Key, Pages, ReceiverEvent, SenderEvent, Slice
@@ -116,46 +117,40 @@ LINK_NEXT: dict[tuple[LinkPhase, LinkInput], LinkPhase] = {
 }
 
 
-# What a machine wants done. The drivers do it in order.
+# What a machine wants done. The drivers do it in order. Structs, since they cost a fifth of a frozen dataclass.
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     """To the control socket of a partner: its address at the sender, its incarnation at the receiver."""
 
     to: str
     message: AnyMessage
 
 
-@dataclass(frozen=True, slots=True)
-class SendProbe:
+class SendProbe(msgspec.Struct, frozen=True):
     to: str
     stripe: int
     probe: Probe
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Emit:
+class Emit(msgspec.Struct, frozen=True):
     event: SenderEvent | ReceiverEvent
 
 
-@dataclass(frozen=True, slots=True)
-class Entered:
+class Entered(msgspec.Struct, frozen=True):
     """A state was entered; a point for the fault hooks ("send.offered", "recv.granted")."""
 
     point: str
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnect:
+class Disconnect(msgspec.Struct, frozen=True):
     """Nothing uses this address any more."""
 
     address: str
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(msgspec.Struct, frozen=True):
     """Check the payload against the header's checksum and put it into the pages, then say so with `wrote`."""
 
     key: Key

@@ -42,18 +42,23 @@ class Receiver:
         security: Security | None = None,
         group_host: str = "",
         data_listen: str = "",
+        direct: bool = True,
     ) -> None:
-        """`data_listen`: where data goes with `Authenticated`; default: the port after that of control.
+        """`data_listen`: where data goes with `Authenticated`; default: the port after that of control. Without
+        encryption, where direct connections arrive; default: any free port. `direct`: whether they are taken at all.
         `group_host`: this host's name towards partners; where set, data is taken by process groups too."""
         settings = (timers or Timers(), limits or Limits(), security or Security())
         self._thread = ReceiverThread(identity, store, on_event, faults, *settings)
         self._listen, self._data_listen, self._group_host = listen, data_listen, group_host
+        self._direct = direct and not settings[2].on and not group_host
 
     def start(self) -> str:
         """Binds, starts, and returns the endpoint with its real port."""
         endpoint = self._thread.bind(self._listen, self._data_listen)
         if self._group_host:
             self._thread.use_groups(self._group_host)
+        if self._direct:
+            self._thread.use_direct(self._data_listen or f"{self._listen.rpartition(':')[0]}:0")
         self._thread.start_thread()
         return endpoint
 

@@ -34,6 +34,7 @@ class ReceiverCore:
         self._layout = identity.layout
         self._bound = bound
         self._timers = timers
+        self._shortest_s = timers.shortest_s
         self._limits = limits
         self._counters = counters
         self._senders = KnownSenders(identity, timers, limits)
@@ -199,14 +200,19 @@ class ReceiverCore:
         transfer = self.table.live.get(key)
         return transfer.mac_key if transfer else self.table.tombstones.mac_key(key)
 
-    def wrote(self, key: Key, seq: int, good: bool, now: float) -> list[Action]:
+    def draining(self, key: Key) -> bool:
+        """Whether a transfer that ends waits for a copy under way."""
+        return key in self.table.draining
+
+    def wrote(self, key: Key, seq: int, good: bool, now: float, *, spoiled: bool = False) -> list[Action]:
+        """The copy of a chunk ended; `spoiled`: its pages hold bytes of a copy that was not `good`."""
         if key in self.table.draining:
             transfer, after = self.table.draining[key]
             transfer.wrote(seq, good)
             return self.table.free(transfer, after)
         transfer = self.table.live[key]
         before = transfer.received_bytes
-        actions = self.table.guard(transfer, lambda: transfer.wrote(seq, good), now)
+        actions = self.table.guard(transfer, lambda: transfer.wrote(seq, good, spoiled), now)
         self.table.credit.used(transfer.received_bytes - before)
         if transfer.live:
             self.table.credit.top_up(transfer)
@@ -238,7 +244,7 @@ class ReceiverCore:
         actions = self._expire(now)
         waits = (min(t.hold_until, t.lease_at) for t in self.table.live.values())
         ends = min(self._senders.deadline, self.table.tombstones.deadline, min(waits, default=float("inf")))
-        self._look_at = min(ends, now + self._timers.shortest_s)
+        self._look_at = min(ends, now + self._shortest_s)
         return actions
 
     def _expire(self, now: float) -> list[Action]:

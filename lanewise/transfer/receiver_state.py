@@ -129,12 +129,15 @@ class ReceiverTransfer:
         if whole and self.received_bytes + size > self.credited_bytes:
             raise Contradiction("the sender went beyond its credit")
 
-    def wrote(self, seq: int, good: bool) -> list[Action]:
-        """The copy of a chunk ended; not `good`: damaged on the way, nothing was written."""
+    def wrote(self, seq: int, good: bool, spoiled: bool = False) -> list[Action]:
+        """The copy of a chunk ended; not `good`: damaged on the way. Then nothing was written, or it `spoiled` the
+        place of this chunk, which must be no other's."""
         record = self._writing.pop(seq, None)
         if self.state is ReceiverState.DRAINING or record is None or not self.live:
             return []
         self.ack_due = True
+        if spoiled and any(record[1].overlaps(piece) for _, piece in (*self._chunks.values(), *self._writing.values())):
+            raise Contradiction(f"damaged chunk {seq} lies over another")
         if not good:
             if len(self._bad) < _MAX_BAD:
                 self._bad.append(seq)

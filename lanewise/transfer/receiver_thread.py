@@ -1,7 +1,7 @@
 """The decode side of the KV channel: takes chunks off the ROUTER, checks them, puts them into pages.
 
-Owns: the ROUTER sockets and the writing of pages; a chunk is copied once, from the network's buffer into the pool.
-Must not: decide anything about a transfer; `receiver_core.py` does.
+Owns: the ROUTER sockets and the writing of chunks that came as a whole, copied once, from the network's buffer into
+the pool. Must not: decide anything about a transfer; `receiver_core.py` does.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from msgspec.structs import replace as replace_fields
 from lanewise.errors import ConfigError
 from lanewise.transfer import mac
 from lanewise.transfer import messages as m
+from lanewise.transfer.authors import Authors
 from lanewise.transfer.encoding import Encoding
 from lanewise.transfer.faults import Faults, Frames, is_loopback
 from lanewise.transfer.gate import Gate
 from lanewise.transfer.groups import ReceiverGroups
+from lanewise.transfer.inlets import Inlets
 from lanewise.transfer.keys import Security
 from lanewise.transfer.protocol import Action, Emit, Entered, Send, Write
 from lanewise.transfer.receiver_core import ReceiverCore
@@ -35,13 +37,11 @@ from lanewise.transfer.records import (
     ReceiverEvent,
     Timers,
 )
-from lanewise.transfer.zmq_link import SocketThread, make_router, receive, send_now
+from lanewise.transfer.zmq_link import SocketThread, log, make_router, receive, send_now
 
 _BYTES_PER_TURN = 4 << 20  # then ACKs go out, and commands and timers have their turn
 _MESSAGES_PER_TURN = 64
 _RETRY_S = 0.01
-_MAX_NAMES = 4096
-_DATA = (m.Chunk, m.Probe)
 _EMPTY = memoryview(b"")
 
 
@@ -60,6 +60,7 @@ class ReceiverThread(SocketThread):
         self._security = security
         self._gate: Gate | None = None
         self._groups: ReceiverGroups | None = None
+        self._inlets: Inlets | None = None
         self._data: zmq.Socket[bytes] | None = None  # where data has a socket of its own
         self._data_port = 0
         self.core = ReceiverCore(identity, timers, limits, self.counters, bound=not self.faults.unbound)
@@ -67,7 +68,7 @@ class ReceiverThread(SocketThread):
         self._encoding = Encoding.of(identity.layout)
         self._store = store
         self._on_event = on_event
-        self._names: dict[bytes, tuple[str, str]] = {}  # of connections, as they have said
+        self._authors = Authors(security.macs)
         self._stuck: dict[str, deque[Frames]] = {}  # control messages a sender's connection had no room for
 
     def bind(self, listen: str, data_listen: str) -> str:
@@ -108,15 +109,20 @@ class ReceiverThread(SocketThread):
         except ConfigError:
             self.release()
             raise
-        self.poller.register(self._groups.port.socket, zmq.POLLIN)
-        self.raw[self._groups.port.socket.fileno()] = self._on_groups
+        self.watch(self._groups.port.socket, zmq.POLLIN, self._on_groups)
+
+    def use_direct(self, listen: str) -> None:
+        """Takes data by plain TCP connections too, where nothing is encrypted. Before the thread starts."""
+        try:
+            self._inlets = Inlets(listen, self._store, self._layout, self)
+        except ConfigError as error:
+            log.warning("no direct connections: %s; ZeroMQ carries all", error)
 
     def _on_groups(self, _now: float) -> None:
         if self._groups:
             self._groups.port.on_readable()
             if not self._groups.port.alive:
-                self.poller.unregister(self._groups.port.socket)
-                self.raw.pop(self._groups.port.socket.fileno())
+                self.unwatch(self._groups.port.socket)
                 self._groups.port.close()
                 self._groups = None
 
@@ -142,6 +148,8 @@ class ReceiverThread(SocketThread):
 
     def on_close(self, now: float) -> None:
         self.perform(self.core.abort_all("the decode worker is closing", now))
+        if self._inlets:
+            self._inlets.close(now)
 
     def may_stop(self) -> bool:
         return self.core.idle
@@ -154,6 +162,8 @@ class ReceiverThread(SocketThread):
             self._gate.close()
         if self._groups:
             self._groups.port.close()
+        if self._inlets:
+            self._inlets.close(time.monotonic())
         super().close_sockets()
 
     def on_readable(self, sock: zmq.Socket[bytes], now: float) -> None:
@@ -169,7 +179,7 @@ class ReceiverThread(SocketThread):
             taken += len(payload)
             try:
                 header = frames[1].buffer if len(frames) > 1 else _EMPTY
-                message = self._authored(m.decode(header), frames[0].bytes, sock is self._data)
+                message = self._authors.checked(m.decode(header), frames[0].bytes, beside=sock is self._data)
             except m.MalformedMessage:
                 self.counters.malformed += 1
                 continue
@@ -190,34 +200,10 @@ class ReceiverThread(SocketThread):
     def _genuine(self, chunk: m.Chunk, payload: memoryview) -> bool:
         return not self._security.macs or mac.genuine(chunk, payload, self.core.mac_key(chunk.key))
 
-    def _authored(self, message: m.AnyMessage, routing_id: bytes, beside: bool) -> m.AnyMessage:
-        """Refuses a message that names another author than the connection it came by, or came by the wrong kind of it.
-
-        `beside`: by the socket for data that is not encrypted. Its connections have no names; the MAC tells the author.
-        """
-        data = isinstance(message, _DATA)
-        if beside or self._security.macs:
-            if data is not beside:
-                raise m.MalformedMessage("a connection of another kind")
-            if beside:
-                return message
-        author, channel = self._names.get(routing_id) or self._name(routing_id)
-        if channel != ("d" if data else "c") and not self._security.macs:
-            raise m.MalformedMessage("a connection of another kind")
-        if author != message.src:
-            raise m.MalformedMessage("author and connection differ")
-        return message
-
-    def _name(self, routing_id: bytes) -> tuple[str, str]:
-        """(incarnation, "c" or "d") that a connection's name says; what is no name fits no message."""
-        author, _, channel = routing_id.decode(errors="replace").rpartition("/")
-        if len(self._names) >= _MAX_NAMES:
-            self._names.clear()
-        self._names[routing_id] = found = author, channel[:1]
-        return found
-
     def on_turn(self, now: float) -> None:
         self.perform(self.core.tick(now))
+        if self._inlets:
+            self._inlets.tick(now)
         self.perform(self.core.acks())
         if self._gate:
             self._gate.tick()
@@ -232,7 +218,7 @@ class ReceiverThread(SocketThread):
                 case Send():
                     self._send(action)
                 case Write():
-                    self._write(action, payload, now)
+                    self.write(action, payload, now)
                 case Emit():
                     self._guarded(self._on_event, action.event)
                 case Entered():
@@ -240,7 +226,7 @@ class ReceiverThread(SocketThread):
                 case _:
                     raise TypeError(f"not an action of a receiver: {action}")
 
-    def _write(self, write: Write, payload: memoryview, now: float) -> None:
+    def write(self, write: Write, payload: memoryview, now: float) -> None:
         good = len(payload) == write.slice.wire_bytes(self._layout) and m.checksum(payload) == write.crc
         if not good:
             self.counters.chunks_corrupt += 1
@@ -262,14 +248,21 @@ class ReceiverThread(SocketThread):
         self._store.write(write.pages, tokens, layers, payload)
 
     def _send(self, send: Send) -> None:
-        routing_id, message = f"{send.to}/c", send.message
-        if isinstance(message, m.HelloAck) and self._gate and self._data_port:
-            message = replace_fields(message, data_port=self._data_port, data_token=self._gate.token(message.dst))
-        if isinstance(message, m.HelloAck) and self._groups:
-            message = replace_fields(message, group_port=self._groups.store_port)
-        frames = [routing_id.encode(), m.encode(message)]
+        routing_id, message = f"{send.to}/c".encode(), send.message
+        if isinstance(message, m.HelloAck):
+            message = self._with_ports(message)
         # The name of the connection is not part of the message: faults must not touch it.
-        self.deliver(m.kind(send.message), frames[1:], lambda out: self._queue(send.to, [frames[0], *out]))
+        self.deliver(m.kind(message), [m.encode(message)], lambda out: self._queue(send.to, [routing_id, *out]))
+
+    def _with_ports(self, ack: m.HelloAck) -> m.HelloAck:
+        """Says where data may go, beside the control address."""
+        if self._gate and self._data_port:
+            ack = replace_fields(ack, data_port=self._data_port, data_token=self._gate.token(ack.dst))
+        if self._groups:
+            ack = replace_fields(ack, group_port=self._groups.store_port)
+        if self._inlets and not ack.refusal:
+            ack = replace_fields(ack, direct_port=self._inlets.port, direct_token=self._inlets.token(ack.dst))
+        return ack
 
     def _queue(self, peer: str, frames: Frames) -> None:
         queue = self._stuck.setdefault(peer, deque())

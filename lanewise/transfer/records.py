@@ -55,7 +55,7 @@ def packed_ids(ids: Sequence[int]) -> array[int]:
 
 
 class PageStore(Protocol):
-    """A KV pool, as the channel sees it. Both methods run in the transfer thread."""
+    """A KV pool, as the channel sees it. Its methods run in the transfer thread."""
 
     @property
     def layout(self) -> KVLayout: ...
@@ -68,6 +68,9 @@ class PageStore(Protocol):
 
     def write(self, pages: Pages, tokens: range, layers: range, data: memoryview) -> None:
         """The inverse of `read`. `data` is borrowed for the duration of the call."""
+
+    def views(self, pages: Pages, tokens: range, layers: range) -> list[memoryview] | None:
+        """What `read` copies, writable, where it lies; None where that is not in this process's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,7 @@ class Limits:
     window_bytes: int = 16 * MIB
     credit_bytes: int = 256 * MIB
     probe_bytes: int = MIB
+    least_piece_bytes: int = 16384  # a chunk in smaller pieces, on average, is gathered: each costs as much as its copy
     control_hwm: int = 1000
     data_hwm: int = 8
     queue_messages: int = 1000
@@ -283,6 +287,10 @@ class Slice:
     @property
     def layers(self) -> range:
         return range(self.layer_lo, self.layer_hi)
+
+    def overlaps(self, other: Slice) -> bool:
+        apart = self.token_hi <= other.token_lo or other.token_hi <= self.token_lo
+        return not (apart or self.layer_hi <= other.layer_lo or other.layer_hi <= self.layer_lo)
 
     def nbytes(self, layout: KVLayout) -> int:
         """As a pool holds it; what credit and the size of chunks are counted in."""

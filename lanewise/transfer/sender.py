@@ -41,15 +41,20 @@ class Sender:
         limits: Limits | None = None,
         security: Security | None = None,
         group_host: str = "",
+        direct: bool = True,
     ) -> None:
-        """`group_host`: this host's name towards partners; where set, data goes by process groups (channel NCCL)."""
+        """`direct`: whether chunks go by direct connections where nothing is encrypted and the partner takes them.
+        `group_host`: this host's name towards partners; where set, data goes by process groups (channel NCCL)."""
         settings = (timers or Timers(), limits or Limits(), security or Security())
         self._thread = SenderThread(identity, store, on_event, faults, *settings)
         self._group_host = group_host
+        self._direct = direct and not settings[2].on and not group_host
 
     def start(self) -> None:
         if self._group_host:
             self._thread.use_groups(self._group_host)
+        if self._direct:
+            self._thread.use_direct()
         self._thread.start_thread()
 
     def close(self, timeout: float = 2.0) -> None:

@@ -35,6 +35,7 @@ class SenderCore:
         self._mac_key = mac_key
         self._identity = identity
         self._timers = timers
+        self._shortest_s = timers.shortest_s
         self._limits = limits
         self._counters = counters
         self._links: dict[LinkId, LinkMachine] = {}
@@ -195,7 +196,7 @@ class SenderCore:
         actions = self._expire(now)
         links = (link.deadline for link in self._links.values())
         transfers = (transfer.deadline for transfer in self._transfers.values())
-        self._look_at = min((*links, *transfers, self._farewells.deadline, now + self._timers.shortest_s))
+        self._look_at = min((*links, *transfers, self._farewells.deadline, now + self._shortest_s))
         return actions
 
     def _expire(self, now: float) -> list[Action]:

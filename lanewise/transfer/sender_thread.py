@@ -1,14 +1,12 @@
-"""The prefill side of the KV channel: gathers page bytes, checksums and sends them.
+"""The prefill side of the KV channel: its sockets and messages.
 
-Owns: the DEALER sockets (per decode address one for control, one per data stripe) and the reading of pages.
-Must not: decide anything about a transfer; `sender_core.py` does. Page bytes are gathered once per sending into a
-buffer of their own, so pages are free the moment a transfer ends; at most `data_hwm` such buffers wait per stripe.
+Owns: the DEALER sockets, per decode address one for control and one per data stripe.
+Must not: decide anything about a transfer (`sender_core.py` does), or touch the bytes of chunks (`pump.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import zmq
 from msgspec.structs import replace as replace_fields
@@ -19,7 +17,9 @@ from lanewise.transfer import messages as m
 from lanewise.transfer.dealers import Connection, open_connection, open_data, writable
 from lanewise.transfer.faults import Faults, Frames, is_loopback
 from lanewise.transfer.keys import Security
+from lanewise.transfer.outlets import Outlets
 from lanewise.transfer.protocol import Action, Disconnect, Emit, Entered, Send, SendProbe
+from lanewise.transfer.pump import Pump
 from lanewise.transfer.records import (
     Aborted,
     Binding,
@@ -35,13 +35,9 @@ from lanewise.transfer.records import (
     SenderEvent,
     Timers,
 )
-from lanewise.transfer.send_window import Job
 from lanewise.transfer.sender_core import SenderCore
-from lanewise.transfer.sender_state import SenderTransfer
-from lanewise.transfer.ways import Way, Ways
+from lanewise.transfer.ways import Ways
 from lanewise.transfer.zmq_link import SocketThread, receive, send_now
-
-_CHUNKS_PER_TURN = 8  # then messages, commands and timers have their turn
 
 
 class SenderThread(SocketThread):
@@ -62,21 +58,23 @@ class SenderThread(SocketThread):
         self._on_event = on_event
         self._connections: dict[str, Connection] = {}
         self._by_socket: dict[zmq.Socket[bytes], Connection] = {}
-        self._backlog = False
         self._ways = Ways(store, identity.layout, limits, self.faults)
+        self._pump = Pump(self, self._ways)
+
+    def use_direct(self) -> None:
+        """Data goes by plain TCP connections where the partner takes them; before the thread starts."""
+        self._ways.outlets = Outlets(self._incarnation, self, self.core.resend)
 
     def use_groups(self, host: str) -> None:
         """Data goes through process groups where the partner has them too; before the thread starts."""
         port = self._ways.use_groups(self._incarnation, host, self.core.resend)
-        self.poller.register(port.socket, zmq.POLLIN)
-        self.raw[port.socket.fileno()] = self._on_groups
+        self.watch(port.socket, zmq.POLLIN, self._on_groups)
 
     def _on_groups(self, _now: float) -> None:
         if groups := self._ways.groups:
             groups.port.on_readable()
             if not groups.port.alive:
-                self.poller.unregister(groups.port.socket)
-                self.raw.pop(groups.port.socket.fileno())
+                self.unwatch(groups.port.socket)
                 groups.port.close()
                 self._ways.groups = None
 
@@ -103,7 +101,7 @@ class SenderThread(SocketThread):
         super().close_sockets()
 
     def next_deadline(self, now: float) -> float:
-        return now if self._backlog else self.core.deadline
+        return now if self._pump.backlog else self.core.deadline
 
     def on_readable(self, sock: zmq.Socket[bytes], now: float) -> None:
         connection = self._by_socket.get(sock)
@@ -121,18 +119,22 @@ class SenderThread(SocketThread):
                 continue
             if isinstance(message, m.HelloAck):
                 message = self._open_data(connection, message)
+                if self._ways.outlets:
+                    self._ways.outlets.greeted(connection.address, message, now)
                 if self._ways.groups and (join := self._ways.groups.greeted(connection.address, message)):
                     self._send(Send(connection.address, join), now)
             self.perform(self.core.receive(connection.address, message, now), now)
 
     def on_turn(self, now: float) -> None:
         self.perform(self.core.tick(now), now)
-        self._backlog = False
+        self._pump.backlog = False
+        if self._ways.outlets:
+            self._ways.outlets.tick(now)
         for address, join in self._ways.groups.due(now) if self._ways.groups else ():
             self._send(Send(address, join), now)
         for connection in list(self._connections.values()):
             self._flush(connection)
-            self._watch(connection, blocked=self._pump(connection, now))
+            self._watch(connection, blocked=self._pump.turn(connection, now))
 
     # --- actions
 
@@ -155,22 +157,25 @@ class SenderThread(SocketThread):
                     raise TypeError(f"not an action of a sender: {action}")
 
     def _emit(self, event: SenderEvent) -> None:
-        match event:
-            case Delivered():
-                self.counters.delivered += 1
-            case Busy():
-                self.counters.busy += 1
-            case Aborted():
-                self.counters.aborted += 1
-            case _:
-                pass
+        if isinstance(event, Delivered | Busy | Aborted):
+            self._ways.release(event.key)
+            self.counters.delivered += isinstance(event, Delivered)
+            self.counters.busy += isinstance(event, Busy)
+            self.counters.aborted += isinstance(event, Aborted)
         self._guarded(self._on_event, event)
 
     def _send(self, send: Send, now: float) -> None:
         connection = self._connection(send.to, now)
         if connection is None:
             return
-        self.deliver(m.kind(send.message), [m.encode(send.message)], lambda frames: self._queue(connection, frames))
+        message = send.message
+
+        def post(frames: Frames) -> None:
+            behind = isinstance(message, m.Commit) and self._ways.commit(send.to, message.key, frames[0], now)
+            if not behind:
+                self._queue(connection, frames)
+
+        self.deliver(m.kind(message), [m.encode(message)], post)
 
     def _queue(self, connection: Connection, frames: Frames) -> None:
         if len(connection.outbox) >= self.limits.queue_messages:
@@ -186,53 +191,6 @@ class SenderThread(SocketThread):
             if stripe < len(connection.data) and writable(sock := connection.data[stripe]):
                 del connection.probes[stripe]
                 self.deliver("PROBE", frames, lambda out, sock=sock: _ignore(send_now(sock, out)))  # type: ignore[misc]
-
-    # --- data
-
-    def _pump(self, connection: Connection, now: float) -> bool:
-        """Sends chunks while there are any and something takes them; whether a data socket is waited for."""
-        groups, address = self._ways.groups, connection.address
-        if groups and groups.joined(address):
-            self._pump_by(lambda: groups.port.writable, partial(self._ways.by_group, address), address, now)
-            return False
-        for sock in connection.data:
-            if not self._pump_by(partial(writable, sock), partial(self._ways.by_socket, sock), address, now):
-                return False
-        return True
-
-    def _pump_by(self, ready: Callable[[], bool], way: Way, address: str, now: float) -> bool:
-        """Chunks for an address, one way, until that is full; False: there are no more chunks."""
-        for _ in range(_CHUNKS_PER_TURN):
-            if not ready():
-                return True
-            chosen = self.core.next_chunk(address)
-            if chosen is None:
-                return False
-            self._send_chunk(way, *chosen, now)
-        self._backlog = True
-        return True
-
-    def _send_chunk(self, way: Way, transfer: SenderTransfer, job: Job, now: float) -> None:
-        try:
-            buffer, payload = self._ways.gather(job)
-        except Exception as error:  # of the pool, whatever it is: this transfer ends, the others go on
-            self.perform(self.core.abort(job.key, f"reading pages: {error}", now), now)
-            return
-        crc = m.checksum(payload.data)
-        accepted = True
-
-        def send(frames: Frames) -> None:
-            nonlocal accepted
-            accepted = way(frames, None if self.faults.active else buffer)  # with faults it may go out again, or later
-
-        chunk = transfer.chunk(job, crc)
-        if transfer.mac_key:
-            chunk = mac.signed(chunk, payload.data, transfer.mac_key)
-        self.deliver("CHUNK", [m.encode(chunk), payload.data], send)
-        self.counters.bytes_sent += payload.nbytes
-        self.counters.chunks_sent += 1
-        self.counters.chunks_resent += job.resend
-        self.perform(self.core.sent(transfer, job, crc, accepted, now), now)
 
     # --- connections
 
@@ -283,8 +241,7 @@ class SenderThread(SocketThread):
                 self.poller.unregister(sock)
 
     def _disconnect(self, address: str) -> None:
-        if self._ways.groups:
-            self._ways.groups.forget(address)
+        self._ways.forget(address)
         connection = self._connections.pop(address, None)
         if connection is None:
             return

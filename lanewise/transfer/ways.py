@@ -1,35 +1,55 @@
-"""How the bytes of a chunk leave a prefill worker: gathered from pages, then by a ZeroMQ socket or a process group.
+"""How the bytes of a chunk leave a prefill worker: from pages or gathered, by a direct connection, a ZeroMQ socket or
+a process group.
 
-Owns: the buffers in between. Page bytes are gathered once per sending, so pages are free the moment a transfer ends.
+Owns: the buffers in between. What is gathered is gathered once per sending, so pages are free the moment a transfer
+ends; of pages that are sent from where they lie, `release` tells the end.
 Must not: decide which chunk goes, or which way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import zmq
 from numpy.typing import NDArray
 
 from lanewise.policy.blocks import KVLayout
+from lanewise.transfer import direct
 from lanewise.transfer.buffers import Buffers
 from lanewise.transfer.encoding import Encoding
 from lanewise.transfer.faults import Faults, Frames
 from lanewise.transfer.group_port import GroupPort
 from lanewise.transfer.groups import SenderGroups
-from lanewise.transfer.records import Limits, PageStore
+from lanewise.transfer.outlets import Letter, Outlet, Outlets
+from lanewise.transfer.records import Key, Limits, PageStore
 from lanewise.transfer.send_window import Job
 from lanewise.transfer.zmq_link import MORE, NOBLOCK
 
 Bytes = NDArray[np.uint8]
-Way = Callable[[Frames, Bytes | None], bool]
+
+
+@dataclass(slots=True)
+class Load:
+    """The bytes of a chunk: in pages as they lie, or gathered in one part."""
+
+    key: Key
+    parts: list[memoryview]
+    num_bytes: int
+    in_place: bool
+    buffer: Bytes | None = None  # they were gathered in; it comes back when they have left
+
+
+Way = Callable[[Frames, Load, float], bool]
 """Sends a chunk and sees to it that its buffer, where there is one, comes back; False: it did not go."""
 
 
 class Ways:
     def __init__(self, store: PageStore, layout: KVLayout, limits: Limits, faults: Faults) -> None:
         self.groups: SenderGroups | None = None
+        self.outlets: Outlets | None = None
         self._store = store
         self._layout = layout
         self._encoding = Encoding.of(layout)
@@ -44,11 +64,29 @@ class Ways:
     def close(self) -> None:
         if self.groups:
             self.groups.port.close()
+        if self.outlets:
+            self.outlets.close()
 
-    def gather(self, job: Job) -> tuple[Bytes, Bytes]:
-        """A buffer and the part of it that now holds the chunk."""
+    def forget(self, address: str) -> None:
+        """Nothing uses this address any more."""
+        if self.groups:
+            self.groups.forget(address)
+        if self.outlets:
+            self.outlets.forget(address)
+
+    def release(self, key: Key) -> None:
+        """The transfer ends: its pages are read no more."""
+        if self.outlets:
+            self.outlets.release(key)
+
+    def load(self, job: Job, *, in_place: bool) -> Load:
+        """A chunk's bytes: in pages where they may be, as they are, and in few pieces; else gathered or encoded."""
         tokens, layers = job.slice.tokens, job.slice.layers
         num_bytes = job.slice.wire_bytes(self._layout)
+        if in_place and self._encoding is None:
+            views = self._store.views(job.pages, tokens, layers)
+            if views and num_bytes >= len(views) * self._limits.least_piece_bytes:
+                return Load(job.key, views, num_bytes, True)
         buffer = self._buffers.take(max(num_bytes, self._limits.chunk_bytes))
         payload = buffer[:num_bytes]
         if self._encoding is None:
@@ -56,21 +94,42 @@ class Ways:
         else:
             native = self._store.read(job.pages, tokens, layers)
             self._encoding.encode(native.reshape(-1), len(tokens), len(layers), payload)
-        return buffer, payload
+        return Load(job.key, [payload.data], num_bytes, False, buffer)
 
-    def by_socket(self, sock: zmq.Socket[bytes], frames: Frames, buffer: Bytes | None) -> bool:
+    def by_outlet(self, outlet: Outlet, frames: Frames, load: Load, now: float) -> bool:
+        header, *parts = frames
+        num_bytes = sum(map(len, parts))
+        head = direct.lengths(len(header), num_bytes) + header
+        if self._faults.active:
+            outlet.send(Letter(load.key, [head], len(head)), now)
+            self._faults.point("mid_chunk")
+            return outlet.send(Letter(load.key, parts, num_bytes), now)
+        letter = Letter(load.key, [head, *parts], len(head) + num_bytes, load.in_place)
+        if load.buffer is not None:
+            letter.on_sent = partial(self._buffers.give_back, load.buffer)
+        return outlet.send(letter, now)
+
+    def commit(self, address: str, key: Key, header: bytes | memoryview, now: float) -> bool:
+        """COMMIT behind the chunks that it is about; False: they do not go by a connection that keeps the order."""
+        outlet = self.outlets.to(address) if self.outlets else None
+        if outlet is None:
+            return False
+        head = direct.lengths(len(header), 0) + header
+        return outlet.send(Letter(key, [head], len(head)), now)
+
+    def by_socket(self, sock: zmq.Socket[bytes], frames: Frames, load: Load, _now: float) -> bool:
         try:
             sock.send(frames[0], MORE)
             self._faults.point("mid_chunk")
             tracker = sock.send(frames[1], NOBLOCK, copy=False, track=True)
         except zmq.Again:
             return False
-        if buffer is not None:
-            self._buffers.lend(buffer, tracker)
+        if load.buffer is not None:
+            self._buffers.lend(load.buffer, tracker)
         return True
 
-    def by_group(self, address: str, frames: Frames, buffer: Bytes | None) -> bool:
+    def by_group(self, address: str, frames: Frames, load: Load, _now: float) -> bool:
         sent = self.groups is not None and self.groups.send(address, bytes(frames[0]), frames[1])
-        if buffer is not None:
-            self._buffers.give_back(buffer)
+        if load.buffer is not None:
+            self._buffers.give_back(load.buffer)
         return sent

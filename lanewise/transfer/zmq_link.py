@@ -96,7 +96,7 @@ class SocketThread(ABC):
         self._commands.append(step)
         if self._ended:
             self._run_commands()
-        else:
+        elif threading.get_ident() != self._thread.ident:  # else it looks anyway before it waits
             self._wake()
 
     def join(self, timeout: float) -> None:
@@ -142,6 +142,15 @@ class SocketThread(ABC):
     @abstractmethod
     def may_stop(self) -> bool:
         """Whether a closing thread has nothing left to tell anybody."""
+
+    def watch(self, sock: socket.socket, events: int, handler: Callable[[float], None]) -> None:
+        """Calls the handler when one of the events may have happened; again with other events: those instead."""
+        self.poller.register(sock, events)
+        self.raw[sock.fileno()] = handler
+
+    def unwatch(self, sock: socket.socket) -> None:
+        self.poller.unregister(sock)
+        self.raw.pop(sock.fileno())
 
     def close_sockets(self) -> None:
         self.context.destroy(linger=0)

@@ -49,6 +49,7 @@ class NumpyStore:
         self.free = list(range(num_pages))
         self.before_write: Callable[[], None] = lambda: None
         self.written = 0
+        self.in_place = False  # whether chunks may be sent from pages and received into them without a copy between
 
     def take(self, tokens: int) -> list[int]:
         count = -(-tokens // self.page_tokens)
@@ -74,6 +75,14 @@ class NumpyStore:
         block = np.frombuffer(data, np.uint8).reshape(len(layers), 2, len(tokens), -1)
         self.pool[layers.start : layers.stop][:, :, page, slot] = block
         self.written += len(data)
+
+    def views(self, pages: list[int], tokens: range, layers: range) -> list[memoryview] | None:
+        if not self.in_place:
+            return None
+        flat = [self.pool[layer, plane].reshape(-1) for layer in layers for plane in (0, 1)]
+        row = self.pool.shape[-1]
+        starts = [(pages[t // self.page_tokens] * self.page_tokens + t % self.page_tokens) * row for t in tokens]
+        return [memoryview(plane[start : start + row]) for plane in flat for start in starts]
 
 
 @dataclass
@@ -133,11 +142,13 @@ class Prefill:
         limits: Limits,
         security: Security | None = None,
         group_host: str = "",
+        direct: bool = True,
     ) -> None:
         self.identity = identity
         self.store = NumpyStore(identity.layout, 512, 8)
         self.log = Log()
         options = {"timers": timers, "limits": limits, "security": security, "group_host": group_host}
+        options["direct"] = direct
         self.sender = Sender(identity, self.store, self.log, faults, **options)
         self.sender.start()
 
@@ -161,11 +172,13 @@ class Decode:
         listen: str,
         security: Security | None = None,
         group_host: str = "",
+        direct: bool = True,
     ) -> None:
         self.identity = identity
         self.store = NumpyStore(identity.layout, 256, 16)
         self.log = Log()
         options = {"timers": timers, "limits": limits, "security": security, "group_host": group_host}
+        options["direct"] = direct
         self.receiver = Receiver(identity, self.store, self.log, faults, listen=listen, **options)
         self.address = self.receiver.start()
         self.peer = Peer(self.address, identity.incarnation)
@@ -196,8 +209,9 @@ class Net:
     cache_key = CACHE_KEY
     limits = Limits
 
-    def __init__(self) -> None:
+    def __init__(self, direct: bool = True) -> None:
         self.sides: list[Any] = []
+        self.direct = direct
 
     def prefill(
         self,
@@ -209,7 +223,7 @@ class Net:
         group_host: str = "",
     ) -> Prefill:
         limits = limits or Limits(chunk_bytes=4096)
-        side = Prefill(identity or endpoint(), faults, timers or Timers(), limits, security, group_host)
+        side = Prefill(identity or endpoint(), faults, timers or Timers(), limits, security, group_host, self.direct)
         self.sides.append(side.sender)
         return side
 
@@ -224,7 +238,9 @@ class Net:
         group_host: str = "",
     ) -> Decode:
         limits = limits or Limits()
-        side = Decode(identity or endpoint(), faults, timers or Timers(), limits, listen, security, group_host)
+        side = Decode(
+            identity or endpoint(), faults, timers or Timers(), limits, listen, security, group_host, self.direct
+        )
         self.sides.append(side.receiver)
         return side
 
@@ -241,8 +257,14 @@ class Net:
         assert [side.snapshot().internal_errors for side in self.sides] == [0] * len(self.sides)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What the channel does in good times and under faults is asked of both ways that data may go."""
+    if "net" in metafunc.fixturenames and metafunc.module.__name__.rpartition(".")[2] in ("test_happy", "test_faults"):
+        metafunc.parametrize("net", ["direct", "zmq"], indirect=True)
+
+
 @pytest.fixture
-def net() -> Iterator[Net]:
-    net = Net()
+def net(request: pytest.FixtureRequest) -> Iterator[Net]:
+    net = Net(direct=getattr(request, "param", "direct") == "direct")
     yield net
     net.close()

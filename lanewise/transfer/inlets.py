@@ -1,0 +1,185 @@
+"""The receiving ends of direct connections: chunks go from the network straight into pages. See direct.py for the wire.
+
+Owns: who may open one, reading them without waiting, and where the bytes of each chunk go while they come: into pages
+that lie in this process's memory, else into memory of its own and from there to the pool.
+Must not: decide anything about a transfer (`receiver_core.py` does), or write into pages of one that is ending: `tick`
+lets go of those, and a chunk that came only in part counts as damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import secrets
+import socket
+from typing import Protocol
+
+import zmq
+
+from lanewise.errors import ConfigError
+from lanewise.policy.blocks import KVLayout
+from lanewise.transfer import direct
+from lanewise.transfer import messages as m
+from lanewise.transfer.faults import Faults
+from lanewise.transfer.inlet import Inlet, Sink
+from lanewise.transfer.protocol import Action, Write
+from lanewise.transfer.receiver_core import ReceiverCore
+from lanewise.transfer.records import Counters, Limits, PageStore
+
+_IN = int(zmq.POLLIN)
+_MAX_PER_SENDER = 4
+_SCRATCH_BYTES = 256 << 10
+
+
+class Host(direct.Watcher, Protocol):
+    """What the receiving thread does for its inlets."""
+
+    core: ReceiverCore
+    counters: Counters
+    limits: Limits
+    faults: Faults
+
+    def perform(self, actions: list[Action]) -> None: ...
+
+    def write(self, write: Write, payload: memoryview, now: float) -> None:
+        """Checks a chunk that is here as a whole, puts it into pages, and says so."""
+
+
+class Inlets:
+    def __init__(self, listen: str, store: PageStore, layout: KVLayout, host: Host) -> None:
+        """Listens on the host of `listen`, at any free port if it names 0. Raises ConfigError."""
+        self.host = host
+        self.max_chunk_bytes = host.limits.max_chunk_bytes
+        self.scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._store = store
+        self._layout = layout
+        self._secret = secrets.token_bytes(direct.TOKEN_BYTES)
+        self._all: list[Inlet] = []
+        place = direct.place(listen, int(listen.rpartition(":")[2]))
+        if place is None:
+            raise ConfigError(f"cannot listen on {listen!r}: not a numeric address")
+        family, *address = place
+        try:
+            self._listener = socket.create_server(tuple(address), family=family)
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {listen!r}: {error}") from None
+        self._listener.setblocking(False)
+        self.port = int(self._listener.getsockname()[1])
+        host.watch(self._listener, _IN, self._accept)
+
+    def token(self, incarnation: str) -> bytes:
+        """What a greeted sender shows when it connects."""
+        return hmac.digest(self._secret, incarnation.encode(), "sha256")
+
+    def tick(self, now: float) -> None:
+        """Lets go of pages whose transfer is ending, and of connections that do not say whose they are."""
+        for inlet in list(self._all):
+            sink = inlet.sink
+            if sink and sink.write and self.host.core.draining(sink.write.key):
+                self._lost(sink, now)
+            if not inlet.author and now >= inlet.silent_until:
+                self.drop(inlet, now)
+
+    def close(self, now: float) -> None:
+        if self._listener.fileno() >= 0:
+            self.host.unwatch(self._listener)
+            self._listener.close()
+        for inlet in list(self._all):
+            self.drop(inlet, now)
+
+    # --- connections
+
+    def _accept(self, now: float) -> None:
+        with contextlib.suppress(OSError):  # nobody there any more
+            while True:
+                sock, _ = self._listener.accept()
+                direct.prepare(sock)
+                inlet = Inlet(sock, self, now)
+                self._all.append(inlet)
+                self.host.watch(sock, _IN, inlet.on_ready)
+                strangers = [each for each in self._all if not each.author]
+                if len(strangers) > self.host.limits.max_handshakes:
+                    self.host.counters.refused_connections += 1
+                    self.drop(strangers[0], now)
+
+    def admit(self, inlet: Inlet, incarnation: str, token: bytes, now: float) -> str:
+        """The author of all that comes by this connection; NotASender where it has no token."""
+        if not incarnation or not hmac.compare_digest(token, self.token(incarnation)):
+            self.host.counters.refused_connections += 1
+            raise direct.NotASender("no token")
+        older = [each for each in self._all if each.author == incarnation]
+        if len(older) >= _MAX_PER_SENDER:  # of connections that are gone, unknown to us
+            self.drop(older[0], now)
+        try:
+            inlet.sock.send(direct.WELCOME)
+        except OSError:
+            raise direct.NotASender("gone") from None
+        return incarnation
+
+    def drop(self, inlet: Inlet, now: float, *, malformed: bool = False) -> None:
+        self.host.counters.malformed += malformed
+        self._all.remove(inlet)
+        self.host.unwatch(inlet.sock)
+        inlet.sock.close()
+        if inlet.sink:
+            self._lost(inlet.sink, now)
+
+    # --- chunks
+
+    def open(self, inlet: Inlet, header: memoryview, num_bytes: int, now: float) -> Sink:
+        """Where the payload announced by this header goes."""
+        host = self.host
+        try:
+            message = m.decode(header)
+        except m.MalformedMessage:
+            message = None
+        if not isinstance(message, m.Chunk | m.Commit) or message.src != inlet.author:
+            host.counters.malformed += 1
+            return Sink(num_bytes)
+        actions = host.core.receive(message, num_bytes, now)
+        host.perform([action for action in actions if not isinstance(action, Write)])
+        write = next((action for action in actions if isinstance(action, Write)), None)
+        if write is None:
+            return Sink(num_bytes)
+        try:
+            pages = self._pages(write, num_bytes)
+        except Exception as error:  # of the pool, whatever it is: this transfer ends, the others go on
+            host.perform(host.core.write_failed(write.key, write.seq, f"writing pages: {error}", now))
+            return Sink(num_bytes)
+        if pages is None:
+            if len(inlet.staging) < num_bytes:
+                inlet.staging = bytearray(num_bytes)
+            return Sink(num_bytes, write, staged=memoryview(inlet.staging)[:num_bytes])
+        host.faults.point("chunk_writing")
+        return Sink(num_bytes, write, pages=pages)
+
+    def _pages(self, write: Write, num_bytes: int) -> list[memoryview] | None:
+        """Where the chunk's bytes belong; None where they do not go there as they are, or in too many pieces."""
+        if num_bytes != write.slice.nbytes(self._layout) or self._layout.encoding != "Native":
+            return None
+        pages = self._store.views(write.pages, write.slice.tokens, write.slice.layers)
+        return pages if pages and num_bytes >= len(pages) * self.host.limits.least_piece_bytes else None
+
+    def finish(self, sink: Sink, now: float) -> None:
+        """All bytes of a message are here."""
+        write = sink.write
+        if write is None:
+            return
+        if sink.staged is not None:
+            self.host.write(write, sink.staged, now)
+            return
+        good = sink.checksum == write.crc
+        counters = self.host.counters
+        counters.chunks_corrupt += not good
+        counters.bytes_received += good * write.slice.nbytes(self._layout)
+        if not good:
+            sink.wipe()
+        self.host.perform(self.host.core.wrote(write.key, write.seq, good, now, spoiled=not good))
+
+    def _lost(self, sink: Sink, now: float) -> None:
+        """The rest of a message will not come, or must not go where it was to go."""
+        write, spoiled = sink.write, sink.staged is None
+        sink.wipe()
+        sink.let_go()
+        if write:
+            self.host.perform(self.host.core.wrote(write.key, write.seq, False, now, spoiled=spoiled))
