@@ -18,6 +18,7 @@ from lanewise.engine.opening import open_sequence, take_token
 from lanewise.engine.runner import Work
 from lanewise.fleet import WorkerStats
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
+from lanewise.policy.beside import beside_decoding
 from lanewise.policy.meter import Meter
 from lanewise.request import Mode, Submission
 from lanewise.rpc.loop import Key, WorkerLoop
@@ -52,7 +53,7 @@ class DecodeLoop(WorkerLoop[Decode]):
         self._policy = policy
         self._meter = Meter(policy)
         self._faults = faults
-        self._max_running = max_running
+        self._max_running, self._max_batch_tokens = max_running, policy.max_batch_tokens
         self._admission = Admission(engine.pool.usage().capacity_tokens, max_running)
         self._ttft_target_s = ttft_target_s
         self.receiver = receiver
@@ -182,7 +183,8 @@ class DecodeLoop(WorkerLoop[Decode]):
 
     def turn(self, now: float) -> float | None:
         patience = self._answer_offers(now)
-        work = self._decode_work()
+        work, most = self._decode_work(), self._max_batch_tokens
+        self._policy.max_batch_tokens = beside_decoding(self._policy.cost, most) if work else most
         plan = self._policy.next_batch(now)
         local = self._local_work(plan)
         if work or local:
