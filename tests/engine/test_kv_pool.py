@@ -60,6 +60,26 @@ def test_read_and_write_between_page_sizes(start, count, layers, dtype, order):
     assert all(not target.layers[layer].any() for layer in untouched)
 
 
+@given(
+    start=st.integers(0, 150),
+    count=st.integers(1, 100),
+    layers=st.sampled_from([range(3), range(1, 2)]),
+    order=st.permutations(range(16)),
+)
+@settings(max_examples=40, deadline=None)
+def test_views_are_what_read_copies_and_can_be_filled(start, count, layers, order):
+    source, target = filled(KVPool(layout(), 16, 16, CPU)), KVPool(layout(), 16, 16, CPU)
+    tokens, pages = range(start, start + count), list(order)
+    views = source.views(pages, tokens, layers)
+    data = source.read(pages, tokens, layers)
+    assert b"".join(views) == data.tobytes()
+    for there, view in zip(target.views(pages, tokens, layers), views, strict=True):
+        there[:] = view
+    assert (target.read(pages, tokens, layers) == data).all()
+    written = sum(int(layer.count_nonzero()) for layer in target.layers)
+    assert written == data.view(np.float32).nonzero()[0].size, "something beside it was written"
+
+
 def test_tokens_outside_the_pages_are_refused():
     pool = KVPool(layout(), 4, 16, CPU)
     with pytest.raises(ValueError, match="does not lie in 2 pages"):
