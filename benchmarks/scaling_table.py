@@ -3,7 +3,7 @@
 Owns: which days, rules and settings make the table, and how it is printed.
 Must not: hold a rule or a model; `lanewise.sim` and `lanewise.policy` do.
 
-    python benchmarks/scaling_table.py             the table, by intervals (about ten minutes of one core)
+    python benchmarks/scaling_table.py [4] [12] [40]    the table or some of its sizes, by intervals (some 15 minutes)
     python benchmarks/scaling_table.py measure     first measures data/scaling_response.json again (about half an hour)
     python benchmarks/scaling_table.py events      the days of 4 GPUs, request by request, beside the interval model
 """
@@ -11,13 +11,15 @@ Must not: hold a rule or a model; `lanewise.sim` and `lanewise.policy` do.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -38,13 +40,13 @@ HERE = Path(__file__).parent
 DATA = HERE / "data"
 RESPONSES = DATA / "scaling_response.json"
 SERVICE = HERE.parent / "deploy" / "samples" / "sim-h200-qwen2.5-32b.yaml"
-SIZES = (4, 12, 40)  # GPUs at peak
+SEEDS = {4: (1, 2, 3, 4, 5), 12: (1, 2, 3), 40: (1, 2, 3)}
+"""By GPUs at peak: the fewer requests a day has, the more a seed moves it. Figures are medians over them."""
 PEAK_TO_TROUGH = 4.0
 START_S = 60.0
 STEP_S = 300.0  # of the clairvoyant schedule
 LATE = 0.03  # of the requests that idle workers would serve on time, at every moment
 TPOT_S = 0.05
-SEED = 1
 EQUAL = 0.001  # attainments nearer than this count as equal
 POINT = 0.01
 
@@ -81,10 +83,10 @@ def goal(trace: Trace) -> float:
 
 
 class Cell:
-    """One trace at one size."""
+    """One trace at one size, drawn with one seed."""
 
-    def __init__(self, trace: Trace, gpus: int) -> None:
-        self.trace, self.gpus = trace, gpus
+    def __init__(self, trace: Trace, gpus: int, seed: int) -> None:
+        self.trace, self.gpus, self.seed = trace, gpus, seed
         self.most = (gpus + 8, gpus + 8)
         self.profile = load_service(SERVICE).prefill_profile
         self._flat = self._world(Day(1.0, 1.0), empty=True)
@@ -93,7 +95,7 @@ class Cell:
 
     def _world(self, day: Day, empty: bool = False) -> World:
         args = (day, mix(self.trace), response(self.trace), self.profile, self.trace.ttft_s, TPOT_S, START_S)
-        return World(*args, (), SEED) if empty else World.make(*args, SEED)
+        return World(*args, (), self.seed) if empty else World.make(*args, self.seed)
 
     def least(self, rate: float) -> tuple[int, int]:
         """The fewest workers that keep the goal at a steady rate; prefill time is never planned above all of it."""
@@ -170,39 +172,68 @@ def best_of(cell: Cell, attained: float) -> dict[str, tuple[str, Result] | None]
     return found
 
 
-def table(console: Console) -> bool:
+@dataclass(frozen=True)
+class Found:
+    """What one cell came to."""
+
+    static: float
+    clairvoyant: Result
+    ours: Result
+    others: dict[str, float]  # rule -> GPU-hours at its best setting; infinite where none attains as much
+
+    @property
+    def good(self) -> bool:
+        """Near clairvoyance in attainment, and calm."""
+        return self.ours.attained >= self.clairvoyant.attained - POINT and max(self.ours.turns()) <= 6
+
+
+def found_in(trace: Trace, size: int, seed: int) -> Found:
+    cell = Cell(trace, size, seed)
+    clairvoyant, ours = cell.run(cell.clairvoyant()), cell.run(Policy(cell.rules))
+    others = best_of(cell, ours.attained).items()
+    hours = {rule: best[1].gpu_hours if best else math.inf for rule, best in others}
+    return Found(24.0 * sum(cell.static()), clairvoyant, ours, hours)
+
+
+def table(console: Console, sizes: Sequence[int]) -> bool:
     """Prints the table; True where every target is reached."""
     view = Table(box=SIMPLE, title="one day, 4:1, 60 s pod start: GPU-hours (share on time)", title_justify="left")
-    names = ("trace", "peak", "static", "clairvoyant", "policy", "× clairv.", "× static", "turns p/d")
+    names = ("trace", "GPUs at peak", "seeds", "static", "clairvoyant", "policy", "× clairv.", "× static", "turns p/d")
     for name in (*names, "HPA utilisation", "KEDA queue", "threshold"):
         view.add_column(name, no_wrap=name in names)
     good = True
-    for trace, size in product(TRACES, SIZES):
+    for trace, size in product(TRACES, sizes):
         started = time.monotonic()
-        cell = Cell(trace, size)
-        clairvoyant, ours = cell.run(cell.clairvoyant()), cell.run(Policy(cell.rules))
-        static = 24.0 * sum(cell.static())
-        others = best_of(cell, ours.attained)
-        ratio = ours.gpu_hours / clairvoyant.gpu_hours
-        directions = ours.turns()
-        fewer = all(best is None or best[1].gpu_hours > ours.gpu_hours for best in others.values())
-        kept = ours.attained >= clairvoyant.attained - POINT
-        reached = ratio <= 1.15 and kept and max(directions) <= 6 and fewer
+        cells = [found_in(trace, size, seed) for seed in SEEDS[size]]
+        static, ideal = median(c.static for c in cells), median(c.clairvoyant.gpu_hours for c in cells)
+        hours = median(c.ours.gpu_hours for c in cells)
+        ratio = median(c.ours.gpu_hours / c.clairvoyant.gpu_hours for c in cells)
+        beside = {rule: [c.others[rule] / c.ours.gpu_hours for c in cells] for rule in cells[0].others}
+        fewer = all(median(ratios) > 1 for ratios in beside.values())
+        reached = ratio <= 1.15 and fewer and all(c.good for c in cells)
         good &= reached
+        turned = [max(c.ours.turns()[role] for c in cells) for role in (0, 1)]
         view.add_row(
             trace.name,
-            f"{size} GPUs, {cell.peak_rps:.1f}/s",
+            str(size),
+            str(len(cells)),
             f"{static:.0f}",
-            f"{clairvoyant.gpu_hours:.0f} ({100 * clairvoyant.attained:.1f} %)",
-            f"{ours.gpu_hours:.1f} ({100 * ours.attained:.1f} %)" + ("" if reached else " ✗"),
+            f"{ideal:.1f} ({100 * median(c.clairvoyant.attained for c in cells):.1f} %)",
+            f"{hours:.1f} ({100 * median(c.ours.attained for c in cells):.1f} %)" + ("" if reached else " ✗"),
             f"{ratio:.3f}",
-            f"{ours.gpu_hours / static:.2f} (clairv. {clairvoyant.gpu_hours / static:.2f})",
-            f"{directions[0]}/{directions[1]}",
-            *(f"{best[1].gpu_hours:.1f} [{best[0]}]" if best else "none attains it" for best in others.values()),
+            f"{hours / static:.2f} (clairv. {ideal / static:.2f})",
+            f"{turned[0]}/{turned[1]}",
+            *(_spread(ratios) for ratios in beside.values()),
         )
         console.print(f"{trace.name} {size}: {time.monotonic() - started:.0f} s", style="dim")
     console.print(view)
     return good
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    """Times the policy's GPU-hours: median (least to most)."""
+    shown = ["none attains it" if math.isinf(r) else f"{r:.3f}" for r in (median(ratios), min(ratios), max(ratios))]
+    return shown[0] if len(set(shown)) == 1 else f"× {shown[0]} ({shown[1]}-{shown[2]})"
 
 
 def measure_all(console: Console) -> None:
@@ -220,7 +251,7 @@ def events(console: Console) -> None:
     for name in ("trace", "controller", "GPU-hours", "on time", "turns p/d", "by intervals"):
         view.add_column(name)
     for trace in reversed(TRACES):
-        cell = Cell(trace, 4)
+        cell = Cell(trace, 4, 1)
         config = SimConfig(
             (cell.profile,) * cell.most[0],
             (cell.profile,) * cell.most[1],
@@ -229,7 +260,7 @@ def events(console: Console) -> None:
             max_batch_tokens=8192,
             cache=trace.cache,
         )
-        workload = arrivals(cell.world.day, mix(trace), SEED)
+        workload = arrivals(cell.world.day, mix(trace), cell.seed)
         makes: tuple[tuple[str, Callable[[], Controller]], ...] = (
             ("policy", lambda cell=cell: Policy(cell.rules)),  # type: ignore[misc]
             ("clairvoyant", cell.clairvoyant),
@@ -248,15 +279,16 @@ def events(console: Console) -> None:
 def main() -> int:
     """Exit status 1 where a target is missed."""
     console = Console() if sys.stdout.isatty() else Console(width=220)
-    wanted = sys.argv[1:] or ["table"]
-    if unknown := set(wanted) - {"measure", "table", "events"}:
-        print(f"scaling_table: unknown part {sorted(unknown)[0]!r}; known: measure, table, events", file=sys.stderr)
+    sizes = [size for size in SEEDS if str(size) in sys.argv[1:]]
+    parts = set(sys.argv[1:]) - {str(size) for size in sizes}
+    if unknown := parts - {"measure", "events"}:
+        print(f"scaling_table: unknown part {sorted(unknown)[0]!r}; known: measure, events, {SEEDS}", file=sys.stderr)
         return 2
-    if "measure" in wanted:
+    if "measure" in parts:
         measure_all(console)
-    if "events" in wanted:
+    if "events" in parts:
         events(console)
-    return 0 if "table" not in wanted or table(console) else 1
+    return 0 if ("events" in parts and not sizes) or table(console, sizes or tuple(SEEDS)) else 1
 
 
 if __name__ == "__main__":
