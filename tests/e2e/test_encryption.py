@@ -26,6 +26,11 @@ def test_a_service_with_keys_serves_and_refuses_strangers(tmp_path: Path) -> Non
     )
     env = {"LANEWISE_SECRET_DIR": str(tmp_path / "secret")}
     with running(tmp_path / "state", file, env=env) as service:
+
+        def links() -> list[str]:
+            return [link.state for worker in service.snapshot().workers for link in worker.stats.links]
+
+        until(lambda: links() == ["verified"], 20, lambda: f"links are {links()}")  # until then prefill is local
         message = request("Once upon a time there was a fox " * 10, max_tokens=8, ignore_eos=True, temperature=0.0)
         results = asyncio.run(generate_all(service.grpc, [message] * 4))
         assert [result.reason for result in results] == ["length"] * 4
