@@ -103,7 +103,11 @@ async def seen(watched: Watched, condition: Callable[[View], bool], what: str) -
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(test)
+    async def whole() -> None:
+        await test
+        await asyncio.sleep(0.25)  # TLS connections that were closed take a few rounds of the loop to be gone
+
+    asyncio.run(whole())
 
 
 def test_pods_come_become_ready_and_terminate(cluster: Cluster, namespace: str, tmp_path: Path) -> None:
