@@ -9,6 +9,8 @@ import struct
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lanewise.policy.blocks import KVLayout
 from lanewise.transfer import Aborted, Committed, Counters, Delivered, Drained, Faults, Limits, Timers, compat, direct
@@ -255,3 +257,16 @@ def test_a_damaged_chunk_over_another_ends_the_transfer(other):
             core.wrote(("r", 1), 0, True, 0.0)
         core.wrote(("r", 1), 1, False, 0.0, spoiled=True)
         assert (("r", 1) in core.table.live) is not good.overlaps(other)
+
+
+@given(st.binary(min_size=direct.GREETING_BYTES, max_size=direct.GREETING_BYTES), st.integers(0, 64 << 20))
+def test_any_bytes_are_a_greeting_and_lengths_within_limits_or_refused(data, most):
+    for greeting in (data, direct.greeting("x", bytes(32))[:8] + data[8:]):
+        with contextlib.suppress(direct.NotASender):
+            name, token = direct.read_greeting(greeting)
+            assert len(token) == direct.TOKEN_BYTES
+            assert len(name) <= 255
+    with contextlib.suppress(direct.NotASender):
+        header, payload = direct.read_lengths(data[: direct.LENGTHS_BYTES], most)
+        assert 0 < header <= direct.MAX_HEADER_BYTES
+        assert payload <= most
