@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from statistics import median
 from typing import TYPE_CHECKING
 
 import structlog
@@ -19,7 +18,7 @@ from lanewise.engine.runner import Work
 from lanewise.fleet import WorkerStats
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
 from lanewise.policy.beside import beside_decoding
-from lanewise.policy.meter import Meter
+from lanewise.policy.meter import Meter, usual_step_s
 from lanewise.request import Mode, Submission
 from lanewise.rpc.loop import Key, WorkerLoop
 from lanewise.rpc.outbox import Outbox
@@ -293,7 +292,7 @@ class DecodeLoop(WorkerLoop[Decode]):
             preemptions=self._preemptions,
             leaked_blocks=self.leaked_blocks,
             queue_wait_s=round(self._meter.wait_s(now), 4),
-            decode_step_s=round(median(self._step_times), 5) if len(self._step_times) >= MEASURED_STEPS else 0.0,
+            decode_step_s=round(usual_step_s(self._step_times), 5) if len(self._step_times) >= MEASURED_STEPS else 0.0,
             counters=asdict(self.receiver.snapshot()),
         )
         load = with_load(fleet, self.attempts.values(), pool.usage(), self._policy, len(self._closing), self._admission)

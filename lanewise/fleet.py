@@ -73,7 +73,7 @@ class WorkerStats:
     kv_used_tokens: int = 0  # referenced + granted but uncommitted
     kv_capacity_tokens: int = 0
     kv_cached_tokens: int = 0  # evictable prefix cache
-    decode_step_s: float = 0.0  # recent median step time
+    decode_step_s: float = 0.0  # recent mean step time, but for the longest
     queue_wait_s: float = 0.0  # what is left of the running batch, predicted
     cost: Mapping[str, float] = field(default_factory=dict)  # fitted cost-model coefficients, see policy/cost.py
     lane: Lane = Lane.ANY

@@ -26,7 +26,7 @@ WORKERS = ("prefill", "decode")
 
 HTTP_PORT, GRPC_PORT = 8000, 50051
 WORKER_PORT, KV_PORT, METRICS_PORT, PROGRESS_PORT = 50061, 50071, 8080, 8080
-HEALTH_PORT, KV_DATA_PORT = 50062, 50072  # of encrypted services: probes show no certificate, data has its own MAC
+HEALTH_PORT, KV_DATA_PORT = 50062, 50072  # probes show no certificate where one is asked for; KV beside its control
 
 
 def labels(service: str, component: str | None = None) -> dict[str, str]:

@@ -52,6 +52,12 @@ def encrypted(service: LLMService) -> bool:
     return service.spec.transfer.encryption != "None"
 
 
+def has_data_port(service: LLMService) -> bool:
+    """Whether data goes beside control: under MACs of its own, or, where nothing is encrypted, by direct connections."""
+    wanted = service.spec.transfer
+    return wanted.encryption == "Authenticated" or (wanted.encryption == "None" and wanted.channel == "Auto")
+
+
 def model_path(service: LLMService, context: PlanContext) -> str:
     """What workers load: a directory of a mounted claim, or the URI itself."""
     model = service.spec.model
@@ -111,11 +117,13 @@ def _worker(service: LLMService, context: PlanContext, role: str) -> dict[str, A
     }
     if role == "decode":
         fields["kv_listen"] = f"tcp://0.0.0.0:{names.KV_PORT}"
+        if has_data_port(service):
+            fields["kv_data_listen"] = f"tcp://0.0.0.0:{names.KV_DATA_PORT}"
     if encrypted(service):
         fields |= {"encryption": spec.transfer.encryption, "secret_dir": SECRET_DIR}
         fields["health_listen"] = f"0.0.0.0:{names.HEALTH_PORT}"
-        if role == "decode" and spec.transfer.encryption == "Authenticated":
-            fields["kv_data_listen"] = f"tcp://0.0.0.0:{names.KV_DATA_PORT}"
+    if spec.transfer.channel != "Auto":
+        fields["kv_channel"] = spec.transfer.channel
     if spec.transfer.encoding != "Native":
         fields["kv_encoding"] = spec.transfer.encoding
     if model.max_context_tokens:

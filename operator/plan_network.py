@@ -11,6 +11,7 @@ from typing import Any
 
 from lanewise.operator import names
 from lanewise.operator.names import selector
+from lanewise.operator.plan_config import has_data_port
 from lanewise.operator.plan_types import Manifest, PlanContext, child
 from lanewise.spec import LLMService
 
@@ -57,7 +58,7 @@ def network_policies(service: LLMService, context: PlanContext, download: bool) 
     work = {"from": routers, "ports": [_tcp(names.WORKER_PORT)]}
     scrape = {"from": scrapers, "ports": [_tcp(names.METRICS_PORT)]}
     kv = [_tcp(names.KV_PORT)]
-    if service.spec.transfer.encryption == "Authenticated":
+    if has_data_port(service):
         kv.append(_tcp(names.KV_DATA_PORT))
     rules: dict[str, list[dict[str, Any]]] = {
         "router": [{"ports": [_tcp(names.HTTP_PORT), _tcp(names.GRPC_PORT)]}],

@@ -10,7 +10,15 @@ import math
 from typing import Any
 
 from lanewise.operator import names
-from lanewise.operator.plan_config import KEYS_DIR, MODELS_DIR, SECRET_DIR, encrypted, fingerprint_hash, short_hash
+from lanewise.operator.plan_config import (
+    KEYS_DIR,
+    MODELS_DIR,
+    SECRET_DIR,
+    encrypted,
+    fingerprint_hash,
+    has_data_port,
+    short_hash,
+)
 from lanewise.operator.plan_model import claim_name, hub_environment
 from lanewise.operator.plan_types import Manifest, PlanContext, child
 from lanewise.operator.pod_template import merge_template
@@ -99,7 +107,7 @@ def _worker_template(service: LLMService, context: PlanContext, role: str) -> Ma
     ports = [_port("grpc", names.WORKER_PORT), _port("metrics", names.METRICS_PORT)]
     if role == "decode":
         ports.append(_port("kv", names.KV_PORT))
-        if service.spec.transfer.encryption == "Authenticated":
+        if has_data_port(service):
             ports.append(_port("kv-data", names.KV_DATA_PORT))
     probed = names.HEALTH_PORT if encrypted(service) else names.WORKER_PORT
     if encrypted(service):

@@ -49,3 +49,9 @@ class Meter:
     def running_tokens(self) -> int:
         """Prompt tokens in the running batch; they no longer wait."""
         return sum(new for new, _, _ in self._chunks)
+
+
+def usual_step_s(seconds: Sequence[float]) -> float:
+    """Mean of recent steps (at least two) but for the longest: one pause is an accident, and a CPU quota that stops a
+    worker every few steps is what it can do. Their median would see neither."""
+    return (sum(seconds) - max(seconds)) / (len(seconds) - 1)

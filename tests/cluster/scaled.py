@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from types import TracebackType
 from typing import Any
 
@@ -141,7 +142,7 @@ class Users:
     addresses: list[str]
     body: dict[str, Any]
     count: int = 16
-    ended: list[float] = field(default_factory=list)  # monotonic
+    ended: list[tuple[float, float]] = field(default_factory=list)  # monotonic, and how long it took
     failures: list[str] = field(default_factory=list)
     shed: int = 0  # answers that said "later", each of them repeated
 
@@ -157,9 +158,12 @@ class Users:
         assert not self._thread.is_alive(), "users did not end"
 
     def rate(self, seconds: float) -> float:
-        """Requests a second that ended within the last `seconds`."""
+        """Requests a second, from how long those took that ended within the last `seconds` (Little's law).
+
+        Counting them would not do: users who began together end together, in waves about as long as such a window.
+        """
         now = time.monotonic()
-        return sum(now - at <= seconds for at in list(self.ended)) / seconds
+        return self.count / mean(took for at, took in list(self.ended) if now - at <= seconds)
 
     async def _run(self) -> None:
         timeout = aiohttp.ClientTimeout(total=100)
@@ -175,6 +179,7 @@ class Users:
 
 
 async def one(session: aiohttp.ClientSession, address: str, body: dict[str, Any], number: int, users: Users) -> None:
+    started = time.monotonic()
     payload = {"model": MODEL, "ignore_eos": True, **body, "prompt": f"{number}. {body['prompt']}"}
     try:
         for _ in range(RETRIES):  # as OpenAI's client does: 429 says when to come back
@@ -188,7 +193,7 @@ async def one(session: aiohttp.ClientSession, address: str, body: dict[str, Any]
             users.failures.append(f"{reply.status}: {text[:300]}")
     except (aiohttp.ClientError, TimeoutError) as error:
         users.failures.append(f"{type(error).__name__}: {error}")
-    users.ended.append(time.monotonic())
+    users.ended.append((time.monotonic(), time.monotonic() - started))
 
 
 @dataclass

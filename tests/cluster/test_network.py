@@ -90,6 +90,7 @@ FLOWS: dict[tuple[str, int], frozenset[str]] = {
     ("prefill", WORKER): frozenset({"router"}),
     ("decode", WORKER): frozenset({"router"}),
     ("decode", KV): frozenset({"prefill"}),
+    ("decode", KV_DATA): frozenset({"prefill"}),
     ("prefill", METRICS): frozenset({"prometheus"}),
     ("decode", METRICS): frozenset({"prometheus"}),
     ("download", PROGRESS): frozenset({"operator"}),

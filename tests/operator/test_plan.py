@@ -214,8 +214,28 @@ def test_an_encrypted_service_mounts_its_keys_and_is_probed_in_the_clear() -> No
     secrets = {role: keys_of(made, role) for role in made.deployments}
     assert {role: keys["secretName"] for role, keys in secrets.items()} == dict.fromkeys(secrets, "sealed-keys")
     assert [item["key"] for item in secrets["router"]["items"]] == ["ca.crt", "tls.crt", "tls.key"], "no KV keys"
-    full = plan(changed("encrypted", transfer__encryption="Full"), context())
-    assert "kv_data_listen" not in config_of(full, "decode")
+
+
+@pytest.mark.parametrize(
+    ("transfer", "opened"),
+    [
+        ({}, True),
+        ({"channel": "ZeroMQ"}, False),
+        ({"encryption": "Authenticated", "secretRef": {"name": "keys"}}, True),
+        ({"encryption": "Full", "secretRef": {"name": "keys"}}, False),
+    ],
+)
+def test_data_has_a_port_of_its_own_where_it_does_not_travel_with_control(
+    transfer: dict[str, Any], opened: bool
+) -> None:
+    made = plan(changed("fable", transfer=transfer), context())
+    assert ("kv_data_listen" in config_of(made, "decode")) is opened
+    assert config_of(made, "decode").get("kv_channel") == transfer.get("channel")
+    (container,) = made.deployments["decode"]["spec"]["template"]["spec"]["containers"]
+    assert ("kv-data" in [port["name"] for port in container["ports"]]) is opened
+    policies = [item for item in made.objects if item["kind"] == "NetworkPolicy"]
+    ports = {port["port"] for item in policies for rule in item["spec"]["ingress"] for port in rule["ports"]}
+    assert (50072 in ports) is opened
 
 
 def keys_of(made: Plan, role: str) -> dict[str, Any]:

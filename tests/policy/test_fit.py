@@ -9,6 +9,7 @@ import pytest
 
 from lanewise.policy.cost import CostModel
 from lanewise.policy.fit import Measured, fit_cost
+from lanewise.policy.meter import usual_step_s
 
 TRUTH = CostModel(
     compute_s=90e-6,
@@ -52,3 +53,8 @@ def test_noise_shows_in_the_errors() -> None:
 def test_too_few_measurements_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot settle"):
         fit_cost(sweep(TRUTH, 0.0, 0)[:5], CostModel())
+
+
+def test_a_pause_is_no_usual_step_and_a_quota_is():
+    assert usual_step_s([0.003] * 31 + [5.0]) == pytest.approx(0.003)
+    assert usual_step_s(([0.003] * 7 + [0.080]) * 4) == pytest.approx(0.0104, rel=0.05)
