@@ -44,6 +44,7 @@ POLICIES = ("lanewise", "fcfs-8192", "fcfs-1024", "laps-8192")
 PLAIN = ("fcfs-8192", "fcfs-1024")
 PROMPTS, OUTPUTS = "80%:64,20%:1536", "64"  # as in the mixed measurement of benchmarks/peers.py
 LONGEST = 1900  # of the built-in model's context of 2048
+TURNS = 20  # of each client: at the end of a run only long prompts are left of a queue that is not in order
 CLOSED_CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128)
 POISSON_LOAD = 0.7  # of the requests per second that the closed loop of 16 served
 SETTINGS = Settings(model="fable", temperature=0.0, ignore_eos=True, timeout_s=300.0)
@@ -157,14 +158,14 @@ def mixed(services: dict[str, Service], runs: int, requests: int) -> tuple[dict[
     return found, share <= 0.5 and spread <= 3
 
 
-def closed(services: dict[str, Service], runs: int) -> tuple[dict[str, Any], bool]:
+def closed(services: dict[str, Service], runs: int, levels: Sequence[int]) -> tuple[dict[str, Any], bool]:
     """Closed loops on lmsys lengths: never slower than the better of the plain queues."""
     lengths = [min(r.prompt_tokens, LONGEST) for r in read_trace(DATA / "lmsys10k_lengths.csv.gz").requests]
     chosen = {policy: services[policy] for policy in ("lanewise", *PLAIN)}
     found, reached = {}, True
-    for clients in CLOSED_CLIENTS:
+    for clients in levels:
         load = Load(f"{clients} clients", clients=clients)
-        asks = [Ask(i, None, n, 1, "") for i, n in enumerate(lengths[: 150 + 6 * clients])]
+        asks = [Ask(i, None, n, 1, "") for i, n in enumerate(lengths[: 150 + TURNS * clients])]
         by_policy = found[load.name] = compare(chosen, load, asks, runs, _closed_figures)
         ours = by_policy["lanewise"]
         rate = ours["rate"] / max(by_policy[policy]["rate"] for policy in PLAIN)
@@ -232,6 +233,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=["mixed", "closed", []], default=[])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--requests", type=int, default=100, help="of one run of the mixed workload")
+    parser.add_argument("--clients", type=int, nargs="+", default=CLOSED_CLIENTS, help="of the closed loops")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -248,7 +250,7 @@ def main() -> int:
             results["mixed"], good = mixed(services, options.runs, options.requests)
             reached.append(good)
         if "closed" in parts:
-            results["closed"], good = closed(services, max(options.runs, 5))
+            results["closed"], good = closed(services, max(options.runs, 5), options.clients)
             reached.append(good)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -90,7 +90,7 @@ class WorkerConfig(_ProcessConfig):
     page_tokens: Literal[8, 16, 32, 64] = Field(16, description="tokens per KV page; divides 64")
     batch_policy: str = Field("lanewise", description="batching policy by name, see policy/batching.py")
     max_batch_tokens: int = Field(
-        512, ge=16, description="new tokens in one prefill batch, and in one local-prefill chunk"
+        2048, ge=16, description="most new tokens in one batch; policies plan shorter ones by cost and target"
     )
     max_running: int = Field(64, ge=1, description="sequences decoded together")
     ttft_target_s: float = Field(0.4, gt=0, description="soft target for requests that bring none")

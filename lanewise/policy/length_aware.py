@@ -59,7 +59,7 @@ class LengthAware(BatchPolicy):
         super().add(job)
 
     def observe(self, plan: BatchPlan, now: float, duration_s: float) -> None:
-        self._surprises.border(now)
+        self._surprises.ended(now)
 
     def _enqueue(self, job: Job) -> None:
         self._hopeful[job.key] = Due(job.key, self._seconds(job), job.ttft_deadline_s, job.arrival_s)
@@ -123,7 +123,7 @@ class LengthAware(BatchPolicy):
         held = None if self._late or given_up else self._hold(on_time, batch, now)
         if held is not None:
             return BatchPlan(wait_until_s=held)
-        self._surprises.border(now)
+        self._surprises.began(now)
         return BatchPlan(tuple(batch.chunks))
 
     def _waiting(self, kept: list[Due], now: float) -> Waiting:

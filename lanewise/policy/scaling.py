@@ -15,7 +15,7 @@ from math import ceil, exp
 from lanewise.policy.scaling_allocate import Bounds, allocate
 from lanewise.policy.scaling_forecast import learn
 from lanewise.policy.scaling_need import LEARN_FROM, MEMORY_S, Need, need
-from lanewise.policy.scaling_steady import stabilised, with_margin
+from lanewise.policy.scaling_steady import stabilised, with_margin, with_regrets
 from lanewise.policy.scaling_types import Ceiling, Counts, Decision, Observation, RoleView, Rules, State
 
 HISTORY_S = 1935.0  # of bins: the longest window of the forecast
@@ -43,7 +43,7 @@ def decide(rules: Rules, state: State, seen: Observation) -> Decision:
         wish = replace(wish, prefill=here.prefill, decode=here.decode)  # too little was seen to judge by
     state = replace(state, wishes=(*state.wishes, wish))
     steady = stabilised(rules, state, seen, wish)
-    return _bounded(rules, state, seen, wanted, steady)
+    return with_regrets(_bounded(rules, state, seen, wanted, steady), seen, wanted)
 
 
 # ---------------------------------------------------------------- memory

@@ -54,6 +54,8 @@ def prefill_work(cost: CostModel, ttft_s: float, shape: Demand) -> PrefillWork:
         return PrefillWork(0.0, 0.0, 0.0)
     per_token = batch_rate(cost, ttft_s)
     total = per_token * shape.uncached_tokens + cost.attention_s * shape.attended + cost.request_s * shape.requests
+    if total <= 0:  # too few to tell from none
+        return PrefillWork(0.0, 0.0, 0.0)
     count, tokens, squares, attended = shape.able, shape.able_tokens, shape.able_squares, shape.able_attended
     if not count and shape.attainable:
         count, tokens, squares = shape.requests, shape.uncached_tokens, shape.uncached_squares

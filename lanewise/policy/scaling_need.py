@@ -50,6 +50,8 @@ class Need:
     decode_keep: int
     late_share: float  # that the formula, uncorrected, expects of the ready workers at the present level
     slow_share: float  # the same of TPOT
+    prefill_load: float  # at the present level, in workers that are always busy
+    decode_load: float  # in output tokens per second
     words: str
     facts: dict[str, float]
 
@@ -88,7 +90,8 @@ def need(rules: Rules, state: State, seen: Observation) -> Need:
     }
     expected = late_share(seen.prefill.ready, busy.level, work, rules.ttft_s) if work.all_s > 0 else 0.0
     slow_share = crowded_share(seen.decode.ready, replace(load, tokens_per_s=tokens.level), worker)
-    return Need(prefill[0], decode[0], prefill[1], decode[1], expected, slow_share, words, facts)
+    shares, levels = (expected, slow_share), (busy.level, tokens.level)
+    return Need(prefill[0], decode[0], prefill[1], decode[1], *shares, *levels, words, facts)
 
 
 def recent(bins: tuple[Demand, ...], window_s: float) -> Demand:

@@ -134,6 +134,17 @@ class Season:
 
 
 @dataclass(frozen=True, slots=True)
+class Tried:
+    """A role's last step down, and how often such a step had to be taken back under that load."""
+
+    at_s: float
+    count: int  # to which
+    load: float  # of the role, in whatever it is measured
+    failures: int = 0
+    until_s: float = 0.0  # not to that count again before
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """All memory between decisions. A fresh one is safe: nothing shrinks until a stabilisation window has passed."""
 
@@ -149,6 +160,8 @@ class State:
     calm_late: float = 0.0  # late TPOTs, and ends, while hardly a moment should have been crowded
     calm_finished: float = 0.0
     idle_since_s: float | None = None
+    prefill_tried: Tried | None = None
+    decode_tried: Tried | None = None
     prefill_ceiling: Ceiling | None = None
     decode_ceiling: Ceiling | None = None
 

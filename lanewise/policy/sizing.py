@@ -24,7 +24,9 @@ from lanewise.policy.window import FEW_SURPRISES
 QUANTUM = 0.12  # of the TTFT target one batch may last: a newcomer loses at most this much to the batch before it
 BUSY_QUANTUM = 0.21  # the same once late work has piled up: larger batches waste less, and those who wait profit
 ECHO_QUANTUM = 0.31  # the same when requests come only in answer to batches (closed loops): nobody to be blocked,
-ECHO_ALL = 8  # ... and with no more requests than this everything goes into one batch
+ECHO_WORK = 10.0  # ... but not longer than this many times what a batch takes anyway: the rest saves next to nothing,
+# and those who are answered early ask again meanwhile, so that router and network work beside the next batch;
+ECHO_ALL = 8  # with no more requests than this everything goes into one batch
 PILE = 6.0  # targets' worth of late work at which the quantum has grown to BUSY_QUANTUM
 MIN_KNEES = 1.5  # a batch is never planned smaller than this many knees: below, weight reads eat the time saved
 CROWD = 0.65  # how far a batch follows the number of short requests that wait for it, against the usual number
@@ -53,7 +55,7 @@ class Sizes:
         self._least = MIN_KNEES * cost.knee_tokens
         self._small = self._tokens_in(QUANTUM * target_s)
         self.large = max(self._tokens_in(BUSY_QUANTUM * target_s), self._small)
-        self._echo = max(self._tokens_in(ECHO_QUANTUM * target_s), self.large)
+        self._echo = self._tokens_in(min(ECHO_QUANTUM * target_s, (1 + ECHO_WORK) * (cost.weights_s + cost.launch_s)))
         self.token_s = cost.batch(self.large, 0.0, 0, 1) / self.large  # of a full batch
         self.least_batch_s = cost.batch(1, 0.0, 1, 1)
 

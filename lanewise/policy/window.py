@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import exp, inf
 
-ECHO = 0.25  # of a batch: an arrival this soon after a border is an answer to it
+ECHO = 0.2  # of a usual batch: an arrival this soon after one began is an answer to the one before
 FEW_SURPRISES = 0.1
 SURPRISE_MEMORY = 32  # arrivals
 MEMORY_S = 10.0  # time constant of the rate: forgets a burst in seconds, in both directions
@@ -30,23 +30,31 @@ class ArrivalRate:
 
 
 class Surprises:
-    """Share of recent arrivals that did not follow a batch border at once.
+    """Share of recent arrivals that a batch kept waiting, of those that did not find the worker idle.
 
-    In a closed loop every request answers the end of a batch: it comes just after a border, and no batch, however long,
-    keeps it waiting. Open arrivals come at any time, and the size of a batch is what they wait for.
+    In a closed loop every request answers the end of a batch: it comes to an idle worker or just after the next batch
+    began, and no batch, however long, keeps it waiting. Open arrivals come at any time, and the size of a batch is what
+    they wait for. None so far: none are expected.
     """
 
     def __init__(self) -> None:
-        self.share = 1.0
-        self._border_s = -inf
+        self.share = 0.0
+        self._seen = 1
+        self._began_s, self._ended_s = inf, -inf
 
-    def border(self, now: float) -> None:
-        """A batch ended, or began."""
-        self._border_s = now
+    def began(self, now: float) -> None:
+        self._began_s, self._ended_s = now, inf
+
+    def ended(self, now: float) -> None:
+        self._ended_s = now
 
     def arrival(self, now: float, quantum_s: float) -> None:
-        surprise = now - self._border_s > ECHO * quantum_s
-        self.share += (surprise - self.share) / SURPRISE_MEMORY
+        """A request came at `now`; it may be told of when the batch that ran then is over."""
+        if not self._began_s <= now < self._ended_s:
+            return
+        surprise = now - self._began_s > ECHO * quantum_s
+        self._seen = min(self._seen + 1, SURPRISE_MEMORY)
+        self.share += (surprise - self.share) / self._seen
 
 
 def hold_until(

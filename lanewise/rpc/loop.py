@@ -73,7 +73,7 @@ class WorkerLoop(ABC, Generic[A]):
 
     @abstractmethod
     def open(self, session: str, submission: Submission, now: float) -> A:
-        """Take the submission in; raises LanewiseError to refuse it."""
+        """Take in a submission that came at `now`; raises LanewiseError to refuse it."""
 
     @abstractmethod
     def close(self, attempt: A, reason: str) -> None:
@@ -103,7 +103,8 @@ class WorkerLoop(ABC, Generic[A]):
     # ------------------------------------------------------------ Backend (any thread)
 
     def submit(self, session: str, submission: Submission) -> None:
-        self.call(lambda: self._submit(session, submission))
+        now = self.clock()  # it has been waiting since, whenever the step that runs is over
+        self.call(lambda: self._submit(session, submission, now))
 
     def cancel(self, key: Key, reason: str) -> None:
         self.call(lambda: self._cancel(key, reason))
@@ -217,7 +218,7 @@ class WorkerLoop(ABC, Generic[A]):
         if defects:
             log.error("kv_pool_audit_failed", defects=defects[:20])
 
-    def _submit(self, session: str, submission: Submission) -> None:
+    def _submit(self, session: str, submission: Submission, now: float) -> None:
         request_id, epoch = submission.key
         newest = self._newest.get(request_id)
         if newest is not None:
@@ -228,7 +229,7 @@ class WorkerLoop(ABC, Generic[A]):
         try:
             if self.draining:
                 raise LanewiseError(ErrorCode.DRAINING, "this worker is draining")
-            attempt = self.open(session, submission, self.clock())
+            attempt = self.open(session, submission, now)
         except LanewiseError as error:
             retryable = error.code in (ErrorCode.DRAINING, ErrorCode.NO_WORKERS)
             self.outbox.failed(session, Failure(request_id, epoch, error.code, error.message, retryable))

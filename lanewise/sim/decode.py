@@ -13,7 +13,7 @@ from math import ceil, sqrt
 
 from lanewise.fleet import Role, WorkerStats, WorkerView
 from lanewise.policy.admission import OutputLengths, peak_tokens
-from lanewise.policy.batching import BatchPolicy, Job
+from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
 from lanewise.policy.profile import Profile
 from lanewise.sim.loop import Loop
 from lanewise.sim.prefill import Track, identity
@@ -140,6 +140,8 @@ class DecodeInstance:
         if steps:
             self.busy_s += now - self._from
             self._advance(steps)
+        if chunks:
+            self.policy.observe(BatchPlan(tuple(chunks)), now, now - self._from)
         for key, new in chunks or ():
             self._computed(key, new)
         self._admit()

@@ -201,6 +201,8 @@ def test_quantum_follows_target_and_model() -> None:
         policy = make_batch_policy("lanewise", max_batch_tokens=8192, cost=cost)
         for key in range(60):
             policy.add(Job(key, key * 0.01, 500, 0, key * 0.01 + target))
+            if key == 0:
+                assert policy.next_batch(0.0).tokens, "a batch that keeps the others waiting"
             if key < 57:
                 policy.progress(key, 500)
         return policy.next_batch(0.6).tokens
@@ -228,6 +230,8 @@ def _steady(waiting: int) -> int:
     policy = _make("lanewise", 8192)
     for key in range(300):
         policy.add(Job(key, key * 0.01, 20, 0, key * 0.01 + TARGET_S))
+        if key == 0:
+            assert policy.next_batch(0.0).tokens, "a batch that keeps the others waiting"
         policy.progress(key, 20)
     policy.add(Job("long", 2.99, 2000, 0, 2.99 + TARGET_S))
     for key in range(waiting):
@@ -246,6 +250,9 @@ def test_a_batch_grows_for_a_request_with_no_slack_left() -> None:
 
     def planned(deadline: float) -> int:
         policy = _make("lanewise", 8192)
+        policy.add(Job("first", 0.0, 20, 0, TARGET_S))
+        assert policy.next_batch(0.0).tokens, "a batch that keeps the other waiting"
+        policy.progress("first", 20)
         policy.add(Job("long", 1.0 - TARGET_S / 2, 2000, 0, deadline))
         return policy.next_batch(1.0).tokens
 

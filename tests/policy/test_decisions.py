@@ -12,7 +12,7 @@ from lanewise.policy.admission import OutputLengths, admit, peak_tokens
 from lanewise.policy.feasible import Due, keep_most, shortest_safe_first
 from lanewise.policy.lanes import COOLDOWN_S, LaneController, propose_move, published_move
 from lanewise.policy.profile import make_profile
-from lanewise.policy.window import ArrivalRate, Surprises, hold_until
+from lanewise.policy.window import FEW_SURPRISES, ArrivalRate, Surprises, hold_until
 
 COST = make_profile("qwen2.5-32b", "h200", 1).cost.to_mapping()
 
@@ -79,13 +79,20 @@ def test_arrival_rate_rises_and_falls() -> None:
 
 def test_closed_loops_hold_no_surprises() -> None:
     seen = Surprises()
+    for i in range(12):
+        seen.arrival(i * 0.05 - 0.005, 0.048)
+        seen.began(i * 0.05)
+        seen.ended(i * 0.05 + 0.04)
+    assert seen.share < FEW_SURPRISES, "the worker was idle when they came"
     for i in range(200):
-        seen.border(i * 0.05)
-        seen.arrival(i * 0.05 + 0.001, 0.048)
-    assert seen.share < 0.01
+        seen.began(10 + i * 0.05)
+        seen.arrival(10 + i * 0.05 + 0.001, 0.048)
+    assert seen.share < 0.01, "they came with the first of a batch"
     for i in range(200):
-        seen.arrival(10 + i * 0.05 + 0.03, 0.048)
-    assert seen.share > 0.9
+        seen.began(20 + i * 0.05)
+        seen.ended(20 + i * 0.05 + 0.05)
+        seen.arrival(20 + i * 0.05 + 0.03, 0.048)
+    assert seen.share > 0.9, "told of when the batch that kept them waiting was over"
 
 
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), max_size=6))
