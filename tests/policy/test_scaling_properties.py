@@ -78,6 +78,7 @@ def test_gpus_held_never_exceed_the_budget(rules: Rules, load: Demand, p: int, d
 
 
 @given(loads, st.floats(1.0, 5.0), rules())
+@example(demand(5e-324, prompt=1.0, output=1.0), 1.0, RULES)  # a request in longer than any time: no work at all
 @settings(deadline=None, max_examples=60)
 def test_more_load_never_needs_less(load: Demand, factor: float, rules: Rules) -> None:
     """Scaled in time (the same requests, faster): each role's count does not fall; unbounded by budgets."""
@@ -101,6 +102,7 @@ def test_more_load_never_needs_less(load: Demand, factor: float, rules: Rules) -
     st.tuples(*[st.lists(st.floats(0.0, 8.0), min_size=8, max_size=8)] * 2),
 )
 @example(11.0, 1000.0, 100.0, (3, 1), ([8.0] * 2 + [0.0] * 6, [0.0] * 8))  # each count says that the other is right
+@example(5.0, 6369.0, 557.0, (1, 7), ([0.0] * 6 + [4.55, 0.31], [0.0] * 8))  # eight say that seven would do, for ever
 @settings(deadline=None, max_examples=12, phases=PHASES)
 def test_constant_load_settles(
     rate: float, prompt: float, output: float, counts: tuple[int, int], wrong: tuple[list[float], list[float]]
