@@ -1,13 +1,15 @@
 """How fast the KV channel moves KV, against pyzmq alone: zero-copy send, one copy on arrival, same run, same machine.
 
     python benchmarks/kv_channel.py [--mib 16 1] [--rounds 15] [--flight 8] [--stripes 1] [--chunk-kib 4096]
-                                    [--channel Auto|ZeroMQ] [--json]
+                                    [--channel Auto Direct ZeroMQ] [--json]
 
 Sender and receiver are two processes with the pool of a real worker. A round moves 512 MiB in transfers of the given
 size, so many in flight until the last ones; pyzmq moves as many bytes from and into as much memory, in messages as long
 as a chunk. Rounds of both take turns, so that whatever else the machine does hits both, and the ratio is the median
 over such pairs. A transfer that has ended is followed by the next from the channel's own thread, as pyzmq's messages
-follow each other, so that no thread of the benchmark stands between them.
+follow each other, so that no thread of the benchmark stands between them. Several channels take turns in one run:
+`Auto` as of the workers, which here means that the receiver reads the sender's memory, `Direct`, the same without that,
+and `ZeroMQ`.
 Transfers of 64 KiB are reported as latency: from `begin` to Delivered, one at a time.
 """
 
@@ -28,6 +30,7 @@ import torch
 import zmq
 
 from lanewise.engine.kv_pool import KVPool
+from lanewise.fleet import Link, LinkState
 from lanewise.policy.blocks import KVLayout
 from lanewise.request import Token
 from lanewise.rpc.process import settle_collector
@@ -43,6 +46,7 @@ from lanewise.transfer import (
     Receiver,
     Sender,
 )
+from lanewise.transfer.trial import References
 
 LAYOUT = KVLayout(num_layers=28, num_kv_heads=4, head_dim=128, dtype="bfloat16", dtype_bytes=2)  # Qwen2.5-7B
 PAGE_TOKENS = 16
@@ -135,10 +139,10 @@ def cpu_seconds(pipe: Connection) -> float:
 
 
 class Contest:
-    def __init__(self, tokens: int, flight: int, args: argparse.Namespace) -> None:
+    def __init__(self, tokens: int, flight: int, channel: str, args: argparse.Namespace) -> None:
         size, chunk = LAYOUT.slice_bytes(tokens, LAYOUT.num_layers), args.chunk_kib * 1024
         self.tokens, self.flight, self.chunk = tokens, flight, min(chunk, size)
-        direct = args.channel == "Auto"
+        direct = channel != "ZeroMQ"
         self.pipe, theirs = mp.get_context("spawn").Pipe()
         facts = (theirs, tokens, flight, self.chunk, direct)
         self.process = mp.get_context("spawn").Process(target=decode_process, args=facts)
@@ -150,13 +154,22 @@ class Contest:
             layer.fill_(2)
         self.source = np.full(flight * size, 2, np.uint8)
         limits = Limits(chunk_bytes=chunk, stripes=args.stripes)
-        self.sender = Sender(Endpoint("prefill", "f", {}, LAYOUT), pool, self.react, limits=limits, direct=direct)
+        self.link: Link | None = None
+        references = References.AUTO if channel == "Auto" else References.NEVER
+        self.sender = Sender(
+            Endpoint("prefill", "f", {}, LAYOUT),
+            pool,
+            self.react,
+            limits=limits,
+            direct=direct,
+            references=references,
+        )
         self.sender.start()
         self.peer = Peer(address, "decode")
         self.sender.connect(self.peer)
-        report = self.events.get(timeout=30)
-        assert isinstance(report, LinkReport)
-        self.link = report.link
+        time.sleep(2.0)  # tests of the link
+        assert self.link is not None
+        assert self.link.state is LinkState.VERIFIED, self.link
         settle_collector()  # as workers do
         self.context = zmq.Context()
         self.sock = self.context.socket(zmq.DEALER)
@@ -174,7 +187,9 @@ class Contest:
                 self.begin((f"{name}/{int(index) + self.flight}", 1))
             if self.delivered == self.count:
                 self.events.put(event)
-        elif isinstance(event, Aborted | Busy | LinkReport):
+        elif isinstance(event, LinkReport):
+            self.link = event.link
+        elif isinstance(event, Aborted | Busy):
             self.events.put(event)
 
     def begin(self, key: tuple[str, int]) -> None:
@@ -205,42 +220,56 @@ class Contest:
         self.context.destroy(linger=0)
 
 
-def measure(mib: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Rates of both, and their CPU time, which hardly depends on what else the machine does."""
+def measure(mib: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rates of the channels and of pyzmq, and their CPU time, which hardly depends on what else the machine does."""
     tokens = int(mib * 2**20) // LAYOUT.bytes_per_token
     size = tokens * LAYOUT.bytes_per_token
     count = max(args.flight, ROUND_BYTES // size)
     total = count * size
-    contest = Contest(tokens, args.flight, args)
-    rates: dict[str, list[float]] = {"lanewise": [], "pyzmq": []}
-    cpu = {"lanewise": 0.0, "pyzmq": 0.0}
+    contests = {channel: Contest(tokens, args.flight, channel, args) for channel in args.channel}
+    names = [*args.channel, "pyzmq"]
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    cpu = dict.fromkeys(names, 0.0)
+    plain = contests[args.channel[0]]
     for n in range(args.rounds + 1):
-        before = cpu_seconds(contest.pipe)
-        channel = total / contest.channel(count) / 1e9
-        between = cpu_seconds(contest.pipe)
-        alone = total / contest.plain(total) / 1e9
-        if n:  # the first round warms up
-            rates["lanewise"].append(channel)
-            rates["pyzmq"].append(alone)
-            cpu["lanewise"] += (between - before) / (total * args.rounds / 1e9)
-            cpu["pyzmq"] += (cpu_seconds(contest.pipe) - between) / (total * args.rounds / 1e9)
-    contest.close()
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    return {
-        "mib": mib,
-        "gb_per_s": {name: {"median": median[name], "min": min(v), "max": max(v)} for name, v in rates.items()},
-        "cpu_s_per_gb": cpu,
-        "ratio": statistics.median(ours / theirs for ours, theirs in zip(*rates.values(), strict=True)),
-        "link": {"latency_us": contest.link.latency_s * 1e6, "gb_per_s": contest.link.bandwidth_bytes_per_s / 1e9},
-    }
+        for name in names:
+            contest = contests.get(name, plain)
+            before = cpu_seconds(contest.pipe)
+            taken = contest.channel(count) if name in contests else contest.plain(total)
+            if n:  # the first round warms up
+                rates[name].append(total / taken / 1e9)
+                cpu[name] += (cpu_seconds(contest.pipe) - before) / (total * args.rounds / 1e9)
+    rows = []
+    for name, contest in contests.items():
+        contest.close()
+        assert contest.link is not None
+        pairs = zip(rates[name], rates["pyzmq"], strict=True)
+        ways = {"channel": name, "pyzmq": "pyzmq"}
+        rows.append(
+            {
+                "mib": mib,
+                "channel": name,
+                "gb_per_s": {
+                    what: {"median": statistics.median(v := rates[way]), "min": min(v), "max": max(v)}
+                    for what, way in ways.items()
+                },
+                "cpu_s_per_gb": {what: cpu[way] for what, way in ways.items()},
+                "ratio": statistics.median(ours / theirs for ours, theirs in pairs),
+                "link": {
+                    "latency_us": contest.link.latency_s * 1e6,
+                    "gb_per_s": contest.link.bandwidth_bytes_per_s / 1e9,
+                },
+            }
+        )
+    return rows
 
 
-def latency_us(args: argparse.Namespace, kib: int = 64) -> list[float]:
+def latency_us(channel: str, args: argparse.Namespace, kib: int = 64) -> dict[str, float]:
     tokens = -(-kib * 1024 // LAYOUT.bytes_per_token)
-    contest = Contest(tokens, 1, args)
+    contest = Contest(tokens, 1, channel, args)
     taken = sorted(contest.channel(1) * 1e6 for _ in range(200))
     contest.close()
-    return taken
+    return {"p50": taken[100], "p99": taken[198]}
 
 
 def main() -> None:
@@ -250,28 +279,30 @@ def main() -> None:
     parser.add_argument("--flight", type=int, default=8, help="transfers under way at a time")
     parser.add_argument("--stripes", type=int, default=1)
     parser.add_argument("--chunk-kib", type=int, default=Limits().chunk_bytes // 1024)
-    parser.add_argument("--channel", choices=["Auto", "ZeroMQ"], default="Auto", help="as of the workers")
+    parser.add_argument("--channel", choices=["Auto", "Direct", "ZeroMQ"], nargs="+", default=["Auto"])
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = [measure(mib, args) for mib in args.mib]
-    taken = latency_us(args)
+    rows = [row for mib in args.mib for row in measure(mib, args)]
+    taken = {channel: latency_us(channel, args) for channel in args.channel}
     if args.json:
-        print(json.dumps({"transfers": rows, "latency_us": {"p50": taken[100], "p99": taken[198]}}))
+        print(json.dumps({"transfers": rows, "latency_us": taken}))
         return
     print(
-        f"{args.channel}: {args.flight} in flight, {args.stripes} stripe(s), {args.chunk_kib} KiB chunks; "
-        "GB/s, CPU s/GB of both sides"
+        f"{args.flight} in flight, {args.stripes} stripe(s), {args.chunk_kib} KiB chunks; GB/s, CPU s/GB of both sides"
     )
-    print(f"{'MiB':>5}{'channel':>9}{'(min':>7}{'max)':>6}{'pyzmq':>8}{'ratio':>7}{'CPU':>7}{'pyzmq':>7}")
+    print(f"{'MiB':>5} {'':<7}{'channel':>8}{'(min':>7}{'max)':>6}{'pyzmq':>8}{'ratio':>7}{'CPU':>7}{'pyzmq':>7}")
     for row in rows:
-        ours, theirs = row["gb_per_s"]["lanewise"], row["gb_per_s"]["pyzmq"]
+        ours, theirs = row["gb_per_s"]["channel"], row["gb_per_s"]["pyzmq"]
+        cpu = row["cpu_s_per_gb"]
         print(
-            f"{row['mib']:>5g}{ours['median']:>9.2f}{ours['min']:>7.2f}{ours['max']:>6.2f}{theirs['median']:>8.2f}"
-            f"{row['ratio']:>7.2f}{row['cpu_s_per_gb']['lanewise']:>7.2f}{row['cpu_s_per_gb']['pyzmq']:>7.2f}"
+            f"{row['mib']:>5g} {row['channel']:<7}{ours['median']:>8.2f}{ours['min']:>7.2f}{ours['max']:>6.2f}"
+            f"{theirs['median']:>8.2f}{row['ratio']:>7.2f}{cpu['channel']:>7.2f}{cpu['pyzmq']:>7.2f}"
         )
-    link = rows[0]["link"]
-    print(f"64 KiB: p50 {taken[100]:.0f} us, p99 {taken[198]:.0f} us; link test {link['latency_us']:.0f} us, ", end="")
-    print(f"{link['gb_per_s']:.2f} GB/s")
+    for row in rows[: len(args.channel)]:
+        channel, link = row["channel"], row["link"]
+        p50, p99 = taken[channel].values()
+        print(f"64 KiB by {channel}: p50 {p50:.0f} us, p99 {p99:.0f} us; link test ", end="")
+        print(f"{link['latency_us']:.0f} us, {link['gb_per_s']:.2f} GB/s")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,19 @@
 """What a transfer costs where it can be seen: the second token, and the throughput of prefill.
 
-    python benchmarks/overlap.py [--shape small wide] [--rounds 3] [--json]
+    python benchmarks/overlap.py [--shape small wide] [--rounds 3] [--channel Auto Direct] [--json]
 
 A prefill and a decode worker are two processes with the real loops, one core each, and no router. Three ways take turns
 with fresh prompts: `local` (the decode worker prefills), `overlapped` (as served), and `after` (nothing is sent before
 the whole prompt is computed). Delay: second token later than with `local`, round by round. Then eight prompts at once,
 with transfers and with a sender that sends nothing.
+
+A prefill of seconds varies by more than a transfer takes. So the delay is measured in a second way, of which the
+prefill's own time is no part: what its parts are seen to cost.
+- `gap`: from the first token to the second one, less the same with `local`: what is left to be sent by then.
+- `taken`: CPU time that other threads than the engine's took in the prefill process while the prompt was computed. They
+  share its one core, so that the prompt took so much longer. What caches and the memory bus are slower for it is not in
+  it; the throughput with eight transfers holds that too.
+`--channel` as of benchmarks/kv_channel.py; several take turns in one run.
 """
 
 from __future__ import annotations
@@ -17,6 +25,7 @@ import os
 import random
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,20 +106,46 @@ def make_model(directory: Path, shape: Shape) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
+@dataclass(frozen=True)
+class Times:
+    """Seconds since the request: of the first and the second token, and CPU time of other threads until the first."""
+
+    first: float
+    second: float
+    taken: float
+
+    @property
+    def gap(self) -> float:
+        return self.second - self.first
+
+
 class Recorder:
-    """In place of the outbox: says when each token was sampled."""
+    """In place of the outbox: says when each token was sampled, and what other threads had taken by then."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
+        self._clock = 0
+        self._base = 0.0
+
+    def of_engine(self, thread: threading.Thread) -> None:
+        assert thread.ident is not None
+        self._clock = time.pthread_getcpuclockid(thread.ident)
+
+    def begin(self) -> None:
+        self._base = self._others()
+
+    def _others(self) -> float:
+        return time.process_time() - time.clock_gettime(self._clock)
 
     def token(self, _session: str, token: Any) -> None:
-        self._pipe.send(("token", (token.request_id, token.epoch), token.index, time.monotonic()))
+        now, taken = time.monotonic(), self._others() - self._base
+        self._pipe.send(("token", (token.request_id, token.epoch), token.index, (now, taken)))
 
     def failed(self, _session: str, failure: Any) -> None:
-        self._pipe.send(("failed", (failure.request_id, failure.epoch), failure.message, 0.0))
+        self._pipe.send(("failed", (failure.request_id, failure.epoch), failure.message, None))
 
     def transfer_failed(self, _session: str, key: Any, reason: str, _mismatch: bool) -> None:
-        self._pipe.send(("failed", key, reason, 0.0))
+        self._pipe.send(("failed", key, reason, None))
 
     def quiet(self, *_: Any) -> None:
         """What a router would be told besides."""
@@ -146,13 +181,14 @@ class Held:
         return getattr(self._sender, name)
 
 
-def worker(role: str, core: int, model: str, dtype: str, pool_bytes: int, pipe: Connection) -> None:
+def worker(role: str, core: int, model: str, dtype: str, pool_bytes: int, channel: str, pipe: Connection) -> None:
     from lanewise.config import WorkerConfig
     from lanewise.engine.runner import Engine
     from lanewise.policy.batching import make_batch_policy
     from lanewise.policy.cost import CostModel
     from lanewise.rpc.process import settle_collector
     from lanewise.transfer import Endpoint, Faults, Receiver, Sender
+    from lanewise.transfer.trial import References
 
     config = WorkerConfig(model=model, dtype=dtype, cores=(core,), threads=1, kv_cache_bytes=pool_bytes)
     engine = Engine.load(config)
@@ -160,13 +196,16 @@ def worker(role: str, core: int, model: str, dtype: str, pool_bytes: int, pipe: 
     engine.warm_up()
     endpoint = Endpoint(role, engine.fingerprint, engine.fingerprint_fields, layout)
     policy = make_batch_policy("lanewise", max_batch_tokens=512, cost=CostModel())
-    outbox: Any = Recorder(pipe)
+    recorder = Recorder(pipe)
+    outbox: Any = recorder
+    direct = channel != "ZeroMQ"
     held: Held | None = None
     if role == "prefill":
         from lanewise.prefill_worker.loop import PrefillLoop
 
         loop: Any = PrefillLoop(engine, policy, outbox, Faults(), ttft_target_s=60.0)
-        sender = Sender(endpoint, engine.pool, loop.on_transfer)
+        references = References.AUTO if channel == "Auto" else References.NEVER
+        sender = Sender(endpoint, engine.pool, loop.on_transfer, direct=direct, references=references)
         held = Held(sender, loop.on_transfer)
         loop.attach_sender(held)
         sender.start()
@@ -174,12 +213,13 @@ def worker(role: str, core: int, model: str, dtype: str, pool_bytes: int, pipe: 
     else:
         from lanewise.decode_worker.loop import DecodeLoop
 
-        receiver = Receiver(endpoint, engine.pool, lambda event: loop.on_transfer(event))
+        receiver = Receiver(endpoint, engine.pool, lambda event: loop.on_transfer(event), direct=direct)
         address = receiver.start()
         loop = DecodeLoop(engine, policy, receiver, outbox, Faults(), max_running=16, ttft_target_s=60.0)
         pipe.send(("up", address, layout.bytes_per_token))
     settle_collector()
     loop.start()
+    recorder.of_engine(loop._thread)
     while (order := pipe.recv()) is not None:
         what, argument = order
         if what == "mode" and held is not None:
@@ -187,13 +227,14 @@ def worker(role: str, core: int, model: str, dtype: str, pool_bytes: int, pipe: 
         elif what == "peers":
             loop.set_peers(argument)
         else:
+            recorder.begin()
             loop.submit("s", argument)
     loop.stop(5.0)
     os._exit(0)  # transfer threads hold nothing worth a farewell
 
 
 class Pair:
-    def __init__(self, directory: str, shape: Shape) -> None:
+    def __init__(self, directory: str, shape: Shape, channel: str) -> None:
         context = mp.get_context("spawn")
         cores = sorted(os.sched_getaffinity(0))
         self.shape = shape
@@ -202,7 +243,7 @@ class Pair:
         for role, core in (("prefill", cores[0]), ("decode", cores[1 % len(cores)])):
             self.pipes[role], theirs = context.Pipe()
             held = max(3 * (shape.prompt_tokens + 64), (CROWD + 1) * (shape.crowd_tokens + 64))
-            args = (role, core, directory, shape.dtype, held * shape.token_bytes, theirs)
+            args = (role, core, directory, shape.dtype, held * shape.token_bytes, channel, theirs)
             process = context.Process(target=worker, args=args, daemon=True)
             process.start()
             self.processes.append(process)
@@ -222,8 +263,8 @@ class Pair:
         message: tuple[Any, ...] = pipe.recv()
         return message
 
-    def ask(self, mode: str, count: int, tokens: int) -> tuple[float, float]:
-        """Seconds until the last first token and until the last second token of `count` prompts at once."""
+    def ask(self, mode: str, count: int, tokens: int) -> Times:
+        """Of the last first token and the last second token of `count` prompts at once."""
         from lanewise.request import Mode, Partner, Sampling, Submission
 
         self.pipes["prefill"].send(("mode", mode))
@@ -253,11 +294,12 @@ class Pair:
         else:
             at = self._tokens("prefill", names, (0,))
             at |= {} if mode == "none" else self._tokens("decode", names, (1, 2))
-        return at[0] - started, at.get(1, at[0]) - started
+        (first, taken), (second, _) = at[0], at.get(1, at[0])
+        return Times(first - started, second - started, taken)
 
-    def _tokens(self, role: str, names: list[str], indices: tuple[int, ...]) -> dict[int, float]:
-        """When the last of these requests got each of these tokens."""
-        at: dict[int, list[float]] = {index: [] for index in indices}
+    def _tokens(self, role: str, names: list[str], indices: tuple[int, ...]) -> dict[int, tuple[float, float]]:
+        """When the last of these requests got each of these tokens, and what other threads had taken by then."""
+        at: dict[int, list[tuple[float, float]]] = {index: [] for index in indices}
         while any(len(times) < len(names) for times in at.values()):
             what, key, number, when = self._next(self.pipes[role], 300)
             if what != "token":
@@ -273,39 +315,61 @@ class Pair:
             process.join(10)
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, channels: list[str], rounds: int) -> list[dict[str, Any]]:
     shape = SHAPES[name]
     started = time.monotonic()
-    times: dict[str, list[tuple[float, float]]] = {mode: [] for mode in (*MODES, "with", "none")}
+    local: list[Times] = []
+    times: dict[tuple[str, str], list[Times]] = {}
     with tempfile.TemporaryDirectory() as directory:
         make_model(Path(directory), shape)
-        pair = Pair(directory, shape)
+        pairs = {channel: Pair(directory, shape, channel) for channel in channels}
         for number in range(rounds + 1):
-            for mode in MODES:
-                taken = pair.ask(mode, 1, shape.prompt_tokens)
-                if number:  # the first round warms up
-                    times[mode].append(taken)
+            asked = [pairs[channels[0]].ask("local", 1, shape.prompt_tokens)]
+            for channel, pair in pairs.items():
+                for mode in MODES[1:]:
+                    asked.append(pair.ask(mode, 1, shape.prompt_tokens))
+                    if number:  # the first round warms up
+                        times.setdefault((channel, mode), []).append(asked[-1])
+            local += asked[: bool(number)]
         for _ in range(rounds):
-            for label, mode in (("with", "overlapped"), ("none", "none")):
-                times[label].append(pair.ask(mode, CROWD, shape.crowd_tokens))
-        pair.close()
-    prefill = statistics.median(first for first, _ in times["local"])
-    delays = {
-        mode: statistics.median(late - early for (_, late), (_, early) in zip(times[mode], times["local"], strict=True))
-        for mode in ("overlapped", "after")
-    }
-    crowds = zip(times["with"], times["none"], strict=True)
-    return {
+            for channel, pair in pairs.items():
+                for label, mode in (("with", "overlapped"), ("none", "none")):
+                    times.setdefault((channel, label), []).append(pair.ask(mode, CROWD, shape.crowd_tokens))
+        for pair in pairs.values():
+            pair.close()
+    what = {
         "shape": f"{shape.what}, {shape.dtype}: {pair.bytes_per_token // 1024} KiB per token",
         "tokens": shape.prompt_tokens,
         "crowd_tokens": shape.crowd_tokens,
-        "prefill_s": prefill,
+        "prefill_s": statistics.median(each.first for each in local),
+        "rounds": rounds,
+        "taken_s": time.monotonic() - started,
+    }
+    return [what | of_channel(channel, times, local) for channel in channels]
+
+
+def of_channel(channel: str, times: dict[tuple[str, str], list[Times]], local: list[Times]) -> dict[str, Any]:
+    """What one channel costs: both delays, and the throughput beside eight transfers."""
+    prefill = statistics.median(each.first for each in local)
+    delays, parts = {}, {}
+    for mode in MODES[1:]:
+        rounds = list(zip(times[channel, mode], local, strict=True))
+        delays[mode] = statistics.median(ours.second - alone.second for ours, alone in rounds)
+        parts[mode] = {
+            "gap": statistics.median(ours.gap - alone.gap for ours, alone in rounds),
+            "taken": statistics.median(ours.taken for ours, _ in rounds),
+        }
+    seen = {mode: sum(each.values()) for mode, each in parts.items()}
+    crowds = zip(times[channel, "with"], times[channel, "none"], strict=True)
+    return {
+        "channel": channel,
         "delay_s": delays,
         "delay_of_prefill": {mode: delay / prefill for mode, delay in delays.items()},
         "overlapped_of_after": delays["overlapped"] / delays["after"],
-        "throughput_with_8_transfers": statistics.median(alone / loaded for (loaded, _), (alone, _) in crowds),
-        "rounds": rounds,
-        "taken_s": time.monotonic() - started,
+        "parts_s": parts,
+        "parts_of_prefill": {mode: delay / prefill for mode, delay in seen.items()},
+        "parts_overlapped_of_after": seen["overlapped"] / seen["after"],
+        "throughput_with_8_transfers": statistics.median(alone.first / loaded.first for loaded, alone in crowds),
     }
 
 
@@ -313,28 +377,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--channel", nargs="+", choices=["Auto", "Direct", "ZeroMQ"], default=["Auto"])
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     results = []
     for name in args.shape:
-        results.append(measure(name, args.rounds))
+        rows = measure(name, args.channel, args.rounds)
+        results += rows
         if not args.json:
-            show(results[-1])
+            show(rows)
     if args.json:
         print(json.dumps(results))
 
 
-def show(row: dict[str, Any]) -> None:
-    print(f"{row['shape']}, {row['tokens']} tokens; {row['rounds']} rounds in {row['taken_s']:.0f} s")
-    print(f"  prefill {row['prefill_s'] * 1000:.0f} ms; second token later than with local prefill:")
-    for mode, delay in row["delay_s"].items():
-        print(f"    {mode:<11}{delay * 1000:8.1f} ms  {100 * row['delay_of_prefill'][mode]:6.1f} % of prefill")
-    print(f"  overlapped / after: {100 * row['overlapped_of_after']:.0f} %")
-    share = 100 * row["throughput_with_8_transfers"]
-    print(
-        f"  prefill throughput with {CROWD} transfers of {row['crowd_tokens']} tokens: {share:.1f} % of none",
-        flush=True,
-    )
+def show(rows: list[dict[str, Any]]) -> None:
+    what = rows[0]
+    print(f"{what['shape']}, {what['tokens']} tokens; {what['rounds']} rounds in {what['taken_s']:.0f} s")
+    print(f"  prefill {what['prefill_s'] * 1000:.0f} ms; second token later than with local prefill:")
+    for row in rows:
+        print(f"  {row['channel']}")
+        for mode, delay in row["delay_s"].items():
+            gap, taken = (1000 * row["parts_s"][mode][part] for part in ("gap", "taken"))
+            print(
+                f"    {mode:<11}{delay * 1000:8.1f} ms  {100 * row['delay_of_prefill'][mode]:6.1f} % of prefill; "
+                f"gap {gap:.1f} + taken {taken:.1f} ms, {100 * row['parts_of_prefill'][mode]:.2f} %"
+            )
+        print(f"    overlapped / after: {100 * row['overlapped_of_after']:.0f} %, ", end="")
+        print(f"of gap + taken {100 * row['parts_overlapped_of_after']:.0f} %")
+        share = 100 * row["throughput_with_8_transfers"]
+        print(
+            f"    prefill throughput with {CROWD} transfers of {row['crowd_tokens']} tokens: {share:.1f} % of none",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

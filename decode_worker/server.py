@@ -42,7 +42,13 @@ async def _serve(config: WorkerConfig) -> None:
     security = Security.of(config.encryption, config.secret_dir)
     engine = Engine.load(config)  # before anything listens: nothing can ask for a model that is not there
     layout = wire_layout(engine.pool.layout, config.kv_encoding)
-    check(config.kv_channel, device=engine.device, encryption=config.encryption)
+    check(
+        config.kv_channel,
+        device=engine.device,
+        encryption=config.encryption,
+        encoding=config.kv_encoding,
+        ranks=config.tensor_parallel,
+    )
     engine.warm_up()
     incarnation = str(uuid.uuid4())
     capacity = engine.pool.usage().capacity_tokens
@@ -61,7 +67,7 @@ async def _serve(config: WorkerConfig) -> None:
         data_listen=config.kv_data_listen,
         security=security,
         group_host=group_host(config.kv_channel, config.advertise_host or config.kv_listen),
-        direct=config.kv_channel == "Auto",
+        direct=config.kv_channel in ("Auto", "IPC"),
     )
     facts = worker_facts(
         config,

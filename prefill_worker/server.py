@@ -26,6 +26,7 @@ from lanewise.transfer.group_port import check, group_host
 from lanewise.transfer.keys import Security
 from lanewise.transfer.records import Endpoint
 from lanewise.transfer.sender import Sender
+from lanewise.transfer.trial import References
 
 
 def main() -> None:
@@ -42,7 +43,13 @@ async def _serve(config: WorkerConfig) -> None:
     security = Security.of(config.encryption, config.secret_dir)
     engine = Engine.load(config)  # before anything listens: nothing can ask for a model that is not there
     layout = wire_layout(engine.pool.layout, config.kv_encoding)
-    check(config.kv_channel, device=engine.device, encryption=config.encryption)
+    check(
+        config.kv_channel,
+        device=engine.device,
+        encryption=config.encryption,
+        encoding=config.kv_encoding,
+        ranks=config.tensor_parallel,
+    )
     engine.warm_up()
     incarnation = str(uuid.uuid4())
     capacity = engine.pool.usage().capacity_tokens
@@ -55,9 +62,16 @@ async def _serve(config: WorkerConfig) -> None:
         policy = make_batch_policy(config.batch_policy, max_batch_tokens=config.max_batch_tokens, cost=CostModel())
         loop = PrefillLoop(engine, policy, outbox, faults, ttft_target_s=config.ttft_target_s)
         host = group_host(config.kv_channel, config.advertise_host or config.listen)
-        direct = config.kv_channel == "Auto"
+        direct = config.kv_channel in ("Auto", "IPC")
         sender = Sender(
-            endpoint, engine.pool, loop.on_transfer, faults, security=security, group_host=host, direct=direct
+            endpoint,
+            engine.pool,
+            loop.on_transfer,
+            faults,
+            security=security,
+            group_host=host,
+            direct=direct,
+            references=References.ALWAYS if config.kv_channel == "IPC" else References.AUTO,
         )
         loop.attach_sender(sender)
         sender.start()

@@ -1,7 +1,8 @@
 """Plain TCP connections that carry chunks from pages into pages, where nothing is encrypted: their wire form. Pure.
 
 The sender shows a greeting with the token it was given in HELLO_ACK, hears one byte, and then writes messages: two
-lengths, a header as in messages.py, the payload. Nothing else comes back: answers go by ZeroMQ.
+lengths, a header as in messages.py, the payload, or no payload where the header says where it lies in the sender's
+memory. Nothing else comes back: answers go by ZeroMQ.
 Owns: the layout of those bytes and what every such socket has set. Must not: read or write a connection.
 """
 
@@ -10,16 +11,17 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 MAX_HEADER_BYTES = 4096
 TOKEN_BYTES = 32
-WELCOME = b"\x01"
+WELCOME, WELCOME_READS = b"\x01", b"\x02"
+"""What a receiver says; the second one when it can read the sender's memory."""
 SILENT_S = 5.0
 """How long a connection may take to greet or to be welcomed."""
 
 _MAGIC = b"lanewise"
-_GREETING = struct.Struct("<8sB32s255s")
+_GREETING = struct.Struct("<8sB32s255siQ")
 _LENGTHS = struct.Struct("<II")  # of header and payload
 GREETING_BYTES, LENGTHS_BYTES = _GREETING.size, _LENGTHS.size
 
@@ -37,17 +39,26 @@ class Watcher(Protocol):
     def unwatch(self, sock: socket.socket) -> None: ...
 
 
-def greeting(incarnation: str, token: bytes) -> bytes:
-    name = incarnation.encode()
-    return _GREETING.pack(_MAGIC, len(name), token, name)
+class Greeting(NamedTuple):
+    """`pid` names the sender's process, where its memory may be read; at `address` it keeps the token."""
+
+    incarnation: str
+    token: bytes
+    pid: int = 0
+    address: int = 0
 
 
-def read_greeting(data: bytes | memoryview) -> tuple[str, bytes]:
-    """(incarnation, token); raises NotASender."""
-    magic, length, token, name = _GREETING.unpack(data)
+def greeting(says: Greeting) -> bytes:
+    name = says.incarnation.encode()
+    return _GREETING.pack(_MAGIC, len(name), says.token, name, says.pid, says.address)
+
+
+def read_greeting(data: bytes | memoryview) -> Greeting:
+    """Raises NotASender."""
+    magic, length, token, name, pid, address = _GREETING.unpack(data)
     if magic != _MAGIC:
         raise NotASender("not a greeting")
-    return name[:length].decode(errors="replace"), token
+    return Greeting(name[:length].decode(errors="replace"), token, pid, address)
 
 
 def lengths(header_bytes: int, payload_bytes: int) -> bytes:

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from lanewise.errors import ConfigError
+from lanewise.transfer import neighbour
 
 HEADER_BYTES = 2048
 MAX_HEADER_BYTES = HEADER_BYTES - 8  # two sizes stand before it
@@ -25,14 +26,26 @@ SLOTS = 8
 MAX_PAIRS = 64
 
 
-def check(channel: str, *, device: str, encryption: str) -> None:
+def check(channel: str, *, device: str, encryption: str, encoding: str = "Native", ranks: int = 1) -> None:
     """ConfigError where this worker cannot have that channel; `Auto` always means one it can have."""
     if channel == "IPC":
-        raise ConfigError("channel IPC: CUDA IPC is not built; expected Auto, ZeroMQ or NCCL")
+        _check_ipc(device, encryption, encoding, ranks)
     if channel == "NCCL" and device != "cpu":
         raise ConfigError(f"channel NCCL on {device}: only its CPU form (gloo) is built; expected Auto or ZeroMQ")
     if channel == "NCCL" and encryption != "None":
         raise ConfigError(f"channel NCCL: its data cannot be protected; expected encryption None, got {encryption}")
+
+
+def _check_ipc(device: str, encryption: str, encoding: str, ranks: int) -> None:
+    if device != "cpu":
+        raise ConfigError(f"channel IPC on {device}: CUDA IPC is not built; expected Auto or ZeroMQ")
+    if not neighbour.place():
+        raise ConfigError("channel IPC: this system has no process_vm_readv; expected Auto or ZeroMQ")
+    if encryption != "None":
+        raise ConfigError(f"channel IPC: its data cannot be protected; expected encryption None, got {encryption}")
+    if encoding != "Native" or ranks > 1:
+        what = f"encoding {encoding}" if encoding != "Native" else f"tensor parallelism of {ranks}"
+        raise ConfigError(f"channel IPC: with {what} KV is not sent as it lies in the pool; expected Auto or ZeroMQ")
 
 
 def group_host(channel: str, address: str) -> str:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import socket
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Protocol
 
 import xxhash
 
 from lanewise.transfer import direct
+from lanewise.transfer.messages import Probe
+from lanewise.transfer.neighbour import Neighbour
 from lanewise.transfer.protocol import Write
 
 _BYTES_PER_TURN = 4 << 20  # of one connection; then ACKs go out, and commands and timers have their turn
@@ -26,7 +29,7 @@ class Owner(Protocol):
     max_chunk_bytes: int
     scratch: memoryview  # for bytes that nobody wants
 
-    def admit(self, inlet: Inlet, incarnation: str, token: bytes, now: float) -> str:
+    def admit(self, inlet: Inlet, greeting: direct.Greeting, now: float) -> str:
         """The author of all that comes by this connection; NotASender where it must not be."""
 
     def open(self, inlet: Inlet, header: memoryview, num_bytes: int, now: float) -> Sink:
@@ -39,6 +42,10 @@ class Owner(Protocol):
         """The connection has ended, or said what no sender says."""
 
 
+Fetch = Callable[[Sequence[memoryview]], None]
+"""Fills these parts; OSError where it cannot."""
+
+
 class Sink:
     """Where the bytes of one message go."""
 
@@ -49,11 +56,18 @@ class Sink:
         *,
         pages: list[memoryview] | None = None,
         staged: memoryview | None = None,
+        probe: Probe | None = None,
+        fetch: Fetch | None = None,
     ) -> None:
-        """Into `pages`, or `staged` as a whole; without either the bytes are thrown away."""
+        """Into `pages`, or `staged` as a whole; without either the bytes are thrown away.
+
+        `fetch`: they do not come by the connection, but from where this gets them."""
         self.left = num_bytes
         self.write = write
         self.staged = staged
+        self.probe = probe
+        self.failed = False  # to be fetched
+        self._fetch = fetch
         self._pages = pages or []
         self._parts = list(self._pages)
         self._ends = list(accumulate(map(len, self._parts)))
@@ -62,12 +76,19 @@ class Sink:
         self._state = xxhash.xxh3_64()
 
     @property
+    def at_hand(self) -> bool:
+        """Nothing that comes later by the connection tells that the bytes are there."""
+        return self._fetch is not None
+
+    @property
     def checksum(self) -> bytes:
         """Of what went into pages."""
         return self._state.digest()
 
     def take(self, sock: socket.socket, scratch: memoryview) -> int:
         """Bytes that were taken; 0: the connection has ended. BlockingIOError: there is nothing now."""
+        if self._fetch is not None:
+            return self._get(self._fetch)
         if not self._parts:
             into = scratch[: self.left] if self.staged is None else self.staged[-self.left :]
             got = sock.recv_into(into)
@@ -89,6 +110,17 @@ class Sink:
             self._parts[self._at] = part[filled:]
         return got
 
+    def _get(self, fetch: Fetch) -> int:
+        """All at once. What is checksummed is what lies here now: the sender's memory may be another's by then."""
+        got, self.left = self.left, 0
+        try:
+            fetch([self.staged] if self.staged is not None else self._parts)
+        except OSError:
+            self.failed = True
+        for part in self._parts:
+            self._state.update(part)
+        return got
+
     def wipe(self) -> None:
         """Zeros in place of what was not verified: a NaN left in a page would spread to whoever has it next."""
         for page in self._pages:
@@ -107,6 +139,7 @@ class Inlet:
         self.sock = sock
         self.author = ""
         self.silent_until = now + direct.SILENT_S
+        self.neighbour: Neighbour | None = None
         self.sink: Sink | None = None
         self.staging = bytearray()
         self._owner = owner
@@ -118,7 +151,7 @@ class Inlet:
 
     def on_ready(self, now: float) -> None:
         taken = 0
-        while taken < _BYTES_PER_TURN:
+        while taken < _BYTES_PER_TURN or (self.sink and self.sink.at_hand):
             try:
                 got = self.sink.take(self.sock, self._owner.scratch) if self.sink else self._more_of_head()
             except BlockingIOError:
@@ -152,7 +185,7 @@ class Inlet:
 
     def _read(self, head: memoryview, now: float) -> None:
         if not self.author:
-            self.author = self._owner.admit(self, *direct.read_greeting(head), now)
+            self.author = self._owner.admit(self, direct.read_greeting(head), now)
             self._want = direct.LENGTHS_BYTES
         elif self._payload_bytes < 0:
             self._want, self._payload_bytes = direct.read_lengths(head, self._owner.max_chunk_bytes)

@@ -1,7 +1,8 @@
 """The receiving ends of direct connections: chunks go from the network straight into pages. See direct.py for the wire.
 
 Owns: who may open one, reading them without waiting, and where the bytes of each chunk go while they come: into pages
-that lie in this process's memory, else into memory of its own and from there to the pool.
+that lie in this process's memory, else into memory of its own and from there to the pool. What a message only refers
+to is read from the sender's memory (neighbour.py).
 Must not: decide anything about a transfer (`receiver_core.py` does), or write into pages of one that is ending: `tick`
 lets go of those, and a chunk that came only in part counts as damaged.
 """
@@ -12,17 +13,19 @@ import contextlib
 import hmac
 import secrets
 import socket
+from functools import partial
 from typing import Protocol
 
 import zmq
 
 from lanewise.errors import ConfigError
 from lanewise.policy.blocks import KVLayout
-from lanewise.transfer import direct
+from lanewise.transfer import direct, neighbour
 from lanewise.transfer import messages as m
 from lanewise.transfer.faults import Faults
-from lanewise.transfer.inlet import Inlet, Sink
-from lanewise.transfer.protocol import Action, Write
+from lanewise.transfer.inlet import Fetch, Inlet, Sink
+from lanewise.transfer.neighbour import Neighbour, NotRuns, unpack
+from lanewise.transfer.protocol import Action, Send, Write
 from lanewise.transfer.receiver_core import ReceiverCore
 from lanewise.transfer.records import Counters, Limits, PageStore
 
@@ -51,6 +54,7 @@ class Inlets:
         self.host = host
         self.max_chunk_bytes = host.limits.max_chunk_bytes
         self.scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self.place = neighbour.place()
         self._store = store
         self._layout = layout
         self._secret = secrets.token_bytes(direct.TOKEN_BYTES)
@@ -102,16 +106,18 @@ class Inlets:
                     self.host.counters.refused_connections += 1
                     self.drop(strangers[0], now)
 
-    def admit(self, inlet: Inlet, incarnation: str, token: bytes, now: float) -> str:
+    def admit(self, inlet: Inlet, greeting: direct.Greeting, now: float) -> str:
         """The author of all that comes by this connection; NotASender where it has no token."""
-        if not incarnation or not hmac.compare_digest(token, self.token(incarnation)):
+        incarnation = greeting.incarnation
+        if not incarnation or not hmac.compare_digest(greeting.token, self.token(incarnation)):
             self.host.counters.refused_connections += 1
             raise direct.NotASender("no token")
         older = [each for each in self._all if each.author == incarnation]
         if len(older) >= _MAX_PER_SENDER:  # of connections that are gone, unknown to us
             self.drop(older[0], now)
         try:
-            inlet.sock.send(direct.WELCOME)
+            inlet.neighbour = Neighbour.known_by(greeting.pid, greeting.address, greeting.token)
+            inlet.sock.send(direct.WELCOME_READS if inlet.neighbour else direct.WELCOME)
         except OSError:
             raise direct.NotASender("gone") from None
         return incarnation
@@ -127,31 +133,47 @@ class Inlets:
     # --- chunks
 
     def open(self, inlet: Inlet, header: memoryview, num_bytes: int, now: float) -> Sink:
-        """Where the payload announced by this header goes."""
+        """Where the payload announced by this header goes, or what it refers to."""
         host = self.host
+        fetch: Fetch | None = None
         try:
             message = m.decode(header)
-        except m.MalformedMessage:
-            message = None
-        if not isinstance(message, m.Chunk | m.Commit) or message.src != inlet.author:
+            if not isinstance(message, m.Chunk | m.Commit | m.Probe) or message.src != inlet.author:
+                raise m.MalformedMessage("nothing that comes by this connection")
+            if not isinstance(message, m.Commit) and message.runs:
+                num_bytes, fetch = self._referred(inlet, message.runs, num_bytes)
+        except (m.MalformedMessage, NotRuns):
             host.counters.malformed += 1
             return Sink(num_bytes)
+        if isinstance(message, m.Probe):
+            return Sink(num_bytes, probe=message, pages=[self._staging(inlet, num_bytes)], fetch=fetch)
         actions = host.core.receive(message, num_bytes, now)
         host.perform([action for action in actions if not isinstance(action, Write)])
         write = next((action for action in actions if isinstance(action, Write)), None)
+        nothing = Sink(0 if fetch else num_bytes)
         if write is None:
-            return Sink(num_bytes)
+            return nothing
         try:
             pages = self._pages(write, num_bytes)
         except Exception as error:  # of the pool, whatever it is: this transfer ends, the others go on
             host.perform(host.core.write_failed(write.key, write.seq, f"writing pages: {error}", now))
-            return Sink(num_bytes)
+            return nothing
         if pages is None:
-            if len(inlet.staging) < num_bytes:
-                inlet.staging = bytearray(num_bytes)
-            return Sink(num_bytes, write, staged=memoryview(inlet.staging)[:num_bytes])
+            return Sink(num_bytes, write, staged=self._staging(inlet, num_bytes), fetch=fetch)
         host.faults.point("chunk_writing")
-        return Sink(num_bytes, write, pages=pages)
+        return Sink(num_bytes, write, pages=pages, fetch=fetch)
+
+    def _referred(self, inlet: Inlet, runs: bytes, num_bytes: int) -> tuple[int, Fetch]:
+        """How many bytes these references name, and how to get them; raises NotRuns."""
+        if num_bytes or inlet.neighbour is None:
+            raise NotRuns("references with a payload, or to memory that cannot be read")
+        areas, total = unpack(runs, self.max_chunk_bytes)
+        return total, partial(inlet.neighbour.read, areas)
+
+    def _staging(self, inlet: Inlet, num_bytes: int) -> memoryview:
+        if len(inlet.staging) < num_bytes:
+            inlet.staging = bytearray(num_bytes)
+        return memoryview(inlet.staging)[:num_bytes]
 
     def _pages(self, write: Write, num_bytes: int) -> list[memoryview] | None:
         """Where the chunk's bytes belong; None where they do not go there as they are, or in too many pieces."""
@@ -162,8 +184,14 @@ class Inlets:
 
     def finish(self, sink: Sink, now: float) -> None:
         """All bytes of a message are here."""
-        write = sink.write
+        write, probe = sink.write, sink.probe
+        if probe is not None and not sink.failed and probe.dst == self.host.core.incarnation:
+            self.host.perform([Send(probe.src, m.ProbeAck(probe.dst, probe.src, probe.nonce, sink.checksum))])
         if write is None:
+            return
+        if sink.failed:
+            self.host.counters.chunks_corrupt += 1
+            self._lost(sink, now)
             return
         if sink.staged is not None:
             self.host.write(write, sink.staged, now)

@@ -14,6 +14,7 @@ import xxhash
 from msgspec import Meta
 
 from lanewise.policy.blocks import DIGEST_BYTES, UNIT_TOKENS, KVLayout
+from lanewise.transfer.neighbour import MAX_RUNS, RUN_BYTES
 from lanewise.transfer.records import MAX_FIELD, MAX_FIELDS, MAX_NAME, MAX_PROMPT_TOKENS, Key, Slice
 
 PROTOCOL = 1
@@ -45,6 +46,8 @@ Fields = Annotated[dict[ShortText, Annotated[str, Meta(max_length=MAX_FIELD)]], 
 Seqs = Annotated[tuple[Count, ...], Meta(max_length=256)]
 KeyList = Annotated[tuple[tuple[RequestId, Epoch], ...], Meta(max_length=MAX_LIVE)]
 Top = Annotated[tuple[tuple[int, float], ...], Meta(max_length=MAX_TOP)]
+Runs = Annotated[bytes, Meta(max_length=MAX_RUNS * RUN_BYTES)]
+"""Parts of the sender's memory (neighbour.py) that hold the payload, which is then not in the message."""
 
 
 class MalformedMessage(ValueError):
@@ -100,6 +103,7 @@ class HelloAck(Message, tag="HELLO_ACK", frozen=True, array_like=True):
     group_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # where process groups meet; 0: it has none
     direct_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # for plain TCP connections; 0: it takes none
     direct_token: Annotated[bytes, Meta(max_length=64)] = b""
+    place: Annotated[bytes, Meta(max_length=64)] = b""  # whose processes' memory it can read; empty: of none
 
 
 class Join(Message, tag="JOIN", frozen=True, array_like=True):
@@ -117,6 +121,7 @@ class Stale(Message, tag="NACK_STALE", frozen=True, array_like=True):
 class Probe(Message, tag="PROBE", frozen=True, array_like=True):
     nonce: Annotated[int, Meta(ge=0, le=1 << 62)]
     crc: Check
+    runs: Runs = b""
 
 
 class ProbeAck(Message, tag="PROBE_ACK", frozen=True, array_like=True):
@@ -157,6 +162,7 @@ class Chunk(TransferMessage, tag="CHUNK", frozen=True, array_like=True):
     head_hi: Layer
     crc: Check  # of the payload frame
     mac: Annotated[bytes, Meta(max_length=16)] = b""  # over this header without it, and the payload
+    runs: Runs = b""
 
     @property
     def slice(self) -> Slice:

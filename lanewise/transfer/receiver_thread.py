@@ -261,7 +261,12 @@ class ReceiverThread(SocketThread):
         if self._groups:
             ack = replace_fields(ack, group_port=self._groups.store_port)
         if self._inlets and not ack.refusal:
-            ack = replace_fields(ack, direct_port=self._inlets.port, direct_token=self._inlets.token(ack.dst))
+            ack = replace_fields(
+                ack,
+                direct_port=self._inlets.port,
+                direct_token=self._inlets.token(ack.dst),
+                place=self._inlets.place,
+            )
         return ack
 
     def _queue(self, peer: str, frames: Frames) -> None:

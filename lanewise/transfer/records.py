@@ -144,8 +144,7 @@ class Timers:
 class Limits:
     """Sizes. Credit bounds the bytes on their way to one receiver, whatever the number of senders."""
 
-    chunk_bytes: int = 4 * MIB
-    """Python costs the same per chunk, whatever its size."""
+    chunk_bytes: int = 4 * MIB  # Python costs the same per chunk, whatever its size
     max_chunk_bytes: int = 4 * MIB
     """Largest chunk a receiver takes; a sender uses the smaller of its own and the partner's."""
     stripes: int = 1
@@ -178,6 +177,7 @@ class Counters:
     bytes_received: int = 0
     chunks_sent: int = 0
     chunks_resent: int = 0
+    chunks_referred: int = 0  # which the decode worker read from this process's memory
     chunks_corrupt: int = 0
     chunks_refused: int = 0  # of no live transfer
     delivered: int = 0

@@ -53,6 +53,7 @@ class SendWindow:
         self.unacked: set[int] = set()
         self.credit = 0
         self.sent_bytes = 0  # of distinct chunks: what credit counts
+        self.unacked_bytes = 0
 
     @property
     def num_chunks(self) -> int:
@@ -109,6 +110,7 @@ class SendWindow:
             self._unsent -= 1
             self.sent_bytes += job.slice.nbytes(self._layout)
             self.unacked.add(job.seq)
+            self.unacked_bytes += job.slice.nbytes(self._layout)
         if not delivered:
             self._resend.append(job.seq)
 
@@ -144,4 +146,6 @@ class SendWindow:
     def _mark(self, seq: int) -> None:
         if seq < len(self._chunks):
             self._chunks[seq].acked = True
-            self.unacked.discard(seq)
+            if seq in self.unacked:
+                self.unacked.discard(seq)
+                self.unacked_bytes -= self._chunks[seq].slice.nbytes(self._layout)

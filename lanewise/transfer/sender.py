@@ -27,6 +27,7 @@ from lanewise.transfer.records import (
     packed_ids,
 )
 from lanewise.transfer.sender_thread import SenderThread
+from lanewise.transfer.trial import References
 
 
 class Sender:
@@ -42,19 +43,21 @@ class Sender:
         security: Security | None = None,
         group_host: str = "",
         direct: bool = True,
+        references: References = References.AUTO,
     ) -> None:
         """`direct`: whether chunks go by direct connections where nothing is encrypted and the partner takes them.
+        `references`: whether a partner on this host may read them from this process's memory instead.
         `group_host`: this host's name towards partners; where set, data goes by process groups (channel NCCL)."""
         settings = (timers or Timers(), limits or Limits(), security or Security())
         self._thread = SenderThread(identity, store, on_event, faults, *settings)
-        self._group_host = group_host
+        self._group_host, self._references = group_host, references
         self._direct = direct and not settings[2].on and not group_host
 
     def start(self) -> None:
         if self._group_host:
             self._thread.use_groups(self._group_host)
         if self._direct:
-            self._thread.use_direct()
+            self._thread.use_direct(self._references)
         self._thread.start_thread()
 
     def close(self, timeout: float = 2.0) -> None:

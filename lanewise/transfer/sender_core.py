@@ -89,6 +89,11 @@ class SenderCore:
     def abort_all(self, reason: str, now: float) -> list[Action]:
         return [action for key in list(self._transfers) for action in self.abort(key, reason, now)]
 
+    def measured(self, address: str, partner: str, num_bytes: int, seconds: float) -> list[Action]:
+        """So long takes a block by the way that data goes to this partner."""
+        link = self._links.get((address, partner))
+        return link.measured(num_bytes, seconds) if link else []
+
     def unreachable(self, address: str, reason: str, now: float) -> list[Action]:
         """The address cannot even be tried."""
         return [
@@ -122,6 +127,10 @@ class SenderCore:
             for transfer in self._by_address.get(address, {}).values()
             if transfer.streaming and transfer.window.wants(self._links[address, transfer.peer.incarnation].chunk_bytes)
         ]
+
+    def unacked_bytes(self, address: str) -> int:
+        """Of all transfers to this address: handed to the network and not known to be in place."""
+        return sum(transfer.window.unacked_bytes for transfer in self._by_address.get(address, {}).values())
 
     def sent(self, transfer: SenderTransfer, job: Job, crc: bytes, delivered: bool, now: float) -> list[Action]:
         return self._finish(transfer, transfer.sent(job, crc, delivered, now), now)

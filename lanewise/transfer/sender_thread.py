@@ -6,6 +6,7 @@ Must not: decide anything about a transfer (`sender_core.py` does), or touch the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import zmq
@@ -36,8 +37,9 @@ from lanewise.transfer.records import (
     Timers,
 )
 from lanewise.transfer.sender_core import SenderCore
+from lanewise.transfer.trial import References
 from lanewise.transfer.ways import Ways
-from lanewise.transfer.zmq_link import SocketThread, receive, send_now
+from lanewise.transfer.zmq_link import SocketThread, log, receive, send_now
 
 
 class SenderThread(SocketThread):
@@ -61,9 +63,26 @@ class SenderThread(SocketThread):
         self._ways = Ways(store, identity.layout, limits, self.faults)
         self._pump = Pump(self, self._ways)
 
-    def use_direct(self) -> None:
+    def use_direct(self, references: References) -> None:
         """Data goes by plain TCP connections where the partner takes them; before the thread starts."""
-        self._ways.outlets = Outlets(self._incarnation, self, self.core.resend)
+        self._ways.outlets = Outlets(self._incarnation, self, references)
+
+    # --- of direct connections
+
+    def broken(self, address: str) -> None:
+        self.core.resend(address)
+
+    def measured(self, address: str, partner: str, num_bytes: int, seconds: float) -> None:
+        self.perform(self.core.measured(address, partner, num_bytes, seconds), time.monotonic())
+
+    def impossible(self, address: str, reason: str) -> None:
+        log.error("channel IPC to %s is impossible: %s", address, reason)
+        if self._ways.outlets:
+            self._ways.outlets.forget(address)  # whoever asks for this link again is to hear it again
+        now = time.monotonic()
+        self.perform(self.core.unreachable(address, f"channel IPC: {reason}", now), now)
+
+    # --- process groups
 
     def use_groups(self, host: str) -> None:
         """Data goes through process groups where the partner has them too; before the thread starts."""
@@ -117,6 +136,8 @@ class SenderThread(SocketThread):
             except m.MalformedMessage:
                 self.counters.malformed += 1
                 continue
+            if isinstance(message, m.ProbeAck) and self._ways.outlets:
+                self._ways.outlets.proved(connection.address, message, time.monotonic())
             if isinstance(message, m.HelloAck):
                 message = self._open_data(connection, message)
                 if self._ways.outlets:

@@ -2,7 +2,8 @@
 a process group.
 
 Owns: the buffers in between. What is gathered is gathered once per sending, so pages are free the moment a transfer
-ends; of pages that are sent from where they lie, `release` tells the end.
+ends; of pages that are sent from where they lie, `release` tells the end. A partner that reads pages itself may do so
+later: what it reads then is not what was checksummed, and it takes it for damaged.
 Must not: decide which chunk goes, or which way.
 """
 
@@ -23,7 +24,9 @@ from lanewise.transfer.encoding import Encoding
 from lanewise.transfer.faults import Faults, Frames
 from lanewise.transfer.group_port import GroupPort
 from lanewise.transfer.groups import SenderGroups
-from lanewise.transfer.outlets import Letter, Outlet, Outlets
+from lanewise.transfer.neighbour import MAX_RUNS, pack
+from lanewise.transfer.outlet import Letter, Outlet
+from lanewise.transfer.outlets import Outlets
 from lanewise.transfer.records import Key, Limits, PageStore
 from lanewise.transfer.send_window import Job
 from lanewise.transfer.zmq_link import MORE, NOBLOCK
@@ -40,6 +43,7 @@ class Load:
     num_bytes: int
     in_place: bool
     buffer: Bytes | None = None  # they were gathered in; it comes back when they have left
+    runs: bytes = b""  # what goes instead of them: where they lie, for a partner that reads this process's memory
 
 
 Way = Callable[[Frames, Load, float], bool]
@@ -79,14 +83,20 @@ class Ways:
         if self.outlets:
             self.outlets.release(key)
 
-    def load(self, job: Job, *, in_place: bool) -> Load:
-        """A chunk's bytes: in pages where they may be, as they are, and in few pieces; else gathered or encoded."""
+    def load(self, job: Job, *, in_place: bool, refer: bool) -> Load:
+        """A chunk's bytes: in pages where they may be, as they are, and in few pieces; else gathered or encoded.
+
+        `refer`: where they lie in such pages the partner is to be told so, unless that has failed before."""
         tokens, layers = job.slice.tokens, job.slice.layers
         num_bytes = job.slice.wire_bytes(self._layout)
-        if in_place and self._encoding is None:
+        refer = refer and not job.resend
+        if (in_place or refer) and self._encoding is None:
             views = self._store.views(job.pages, tokens, layers)
             if views and num_bytes >= len(views) * self._limits.least_piece_bytes:
-                return Load(job.key, views, num_bytes, True)
+                if refer and len(views) <= MAX_RUNS:
+                    return Load(job.key, views, num_bytes, True, runs=pack(views))
+                if in_place:
+                    return Load(job.key, views, num_bytes, True)
         buffer = self._buffers.take(max(num_bytes, self._limits.chunk_bytes))
         payload = buffer[:num_bytes]
         if self._encoding is None:
@@ -104,7 +114,7 @@ class Ways:
             outlet.send(Letter(load.key, [head], len(head)), now)
             self._faults.point("mid_chunk")
             return outlet.send(Letter(load.key, parts, num_bytes), now)
-        letter = Letter(load.key, [head, *parts], len(head) + num_bytes, load.in_place)
+        letter = Letter(load.key, [head, *parts], len(head) + num_bytes, load.in_place and bool(parts))
         if load.buffer is not None:
             letter.on_sent = partial(self._buffers.give_back, load.buffer)
         return outlet.send(letter, now)

@@ -16,6 +16,7 @@ from lanewise.policy.blocks import KVLayout
 from lanewise.request import Token
 from lanewise.transfer import Endpoint, Faults, Limits, Peer, Receiver, Sender, Timers
 from lanewise.transfer.keys import Security
+from lanewise.transfer.trial import References
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, dtype="float32", dtype_bytes=4)
 CACHE_KEY = b"k" * 32
@@ -143,12 +144,13 @@ class Prefill:
         security: Security | None = None,
         group_host: str = "",
         direct: bool = True,
+        references: References = References.AUTO,
     ) -> None:
         self.identity = identity
         self.store = NumpyStore(identity.layout, 512, 8)
         self.log = Log()
         options = {"timers": timers, "limits": limits, "security": security, "group_host": group_host}
-        options["direct"] = direct
+        options |= {"direct": direct, "references": references}
         self.sender = Sender(identity, self.store, self.log, faults, **options)
         self.sender.start()
 
@@ -221,9 +223,11 @@ class Net:
         limits: Limits | None = None,
         security: Security | None = None,
         group_host: str = "",
+        references: References = References.AUTO,
     ) -> Prefill:
         limits = limits or Limits(chunk_bytes=4096)
-        side = Prefill(identity or endpoint(), faults, timers or Timers(), limits, security, group_host, self.direct)
+        settings = (timers or Timers(), limits, security, group_host, self.direct, references)
+        side = Prefill(identity or endpoint(), faults, *settings)
         self.sides.append(side.sender)
         return side
 

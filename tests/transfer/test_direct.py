@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lanewise.policy.blocks import KVLayout
 from lanewise.transfer import Aborted, Committed, Counters, Delivered, Drained, Faults, Limits, Timers, compat, direct
 from lanewise.transfer import messages as m
-from lanewise.transfer.outlets import Outlet
+from lanewise.transfer.outlet import Outlet
 from lanewise.transfer.receiver_core import ReceiverCore
 from lanewise.transfer.records import Binding, Endpoint, Slice
 
@@ -198,7 +198,7 @@ def closed(sock: socket.socket) -> bool:
 def test_strangers_are_turned_away(net):
     decode = net.decode(limits=Limits(max_handshakes=3))
     token = decode.receiver._thread._inlets.token("somebody")
-    for first in (b"GET / HTTP/1.0\r\n" + bytes(300), direct.greeting("another", token), bytes(297)):
+    for first in (b"GET / HTTP/1.0\r\n" + bytes(300), direct.greeting(direct.Greeting("another", token)), bytes(400)):
         with connect(decode) as sock:
             sock.sendall(first)
             assert closed(sock)
@@ -207,7 +207,7 @@ def test_strangers_are_turned_away(net):
     assert closed(silent[1])
     assert decode.receiver.snapshot().refused_connections == 3
     good = connect(decode)
-    good.sendall(direct.greeting("somebody", token))
+    good.sendall(direct.greeting(direct.Greeting("somebody", token)))
     assert good.recv(1) == direct.WELCOME
     for sock in (good, *silent):
         sock.close()
@@ -225,7 +225,7 @@ def test_rubbish_behind_a_greeting_harms_nobody(net):
     chunk = m.Chunk("x", decode.identity.incarnation, "r", 1, 0, 0, 1, 0, 8, 0, 2, bytes(8))
     for number in range(60):
         sock = connect(decode)
-        sock.sendall(direct.greeting("x", decode.receiver._thread._inlets.token("x")))
+        sock.sendall(direct.greeting(direct.Greeting("x", decode.receiver._thread._inlets.token("x"))))
         assert sock.recv(1) == direct.WELCOME
         header = m.encode(chunk) if number % 3 else dice.randbytes(dice.randrange(1, 400))
         lengths = direct.lengths(len(header), dice.choice([0, 5, 5000]))
@@ -261,11 +261,11 @@ def test_a_damaged_chunk_over_another_ends_the_transfer(other):
 
 @given(st.binary(min_size=direct.GREETING_BYTES, max_size=direct.GREETING_BYTES), st.integers(0, 64 << 20))
 def test_any_bytes_are_a_greeting_and_lengths_within_limits_or_refused(data, most):
-    for greeting in (data, direct.greeting("x", bytes(32))[:8] + data[8:]):
+    for greeting in (data, direct.greeting(direct.Greeting("x", bytes(32)))[:8] + data[8:]):
         with contextlib.suppress(direct.NotASender):
-            name, token = direct.read_greeting(greeting)
-            assert len(token) == direct.TOKEN_BYTES
-            assert len(name) <= 255
+            says = direct.read_greeting(greeting)
+            assert len(says.token) == direct.TOKEN_BYTES
+            assert len(says.incarnation) <= 255
     with contextlib.suppress(direct.NotASender):
         header, payload = direct.read_lengths(data[: direct.LENGTHS_BYTES], most)
         assert 0 < header <= direct.MAX_HEADER_BYTES

@@ -134,7 +134,11 @@ def test_what_is_not_built_is_refused_by_name():
     check("NCCL", device="cpu", encryption="None")
     check("Auto", device="cuda:0", encryption="Full")
     with pytest.raises(ConfigError, match="CUDA IPC is not built"):
-        check("IPC", device="cpu", encryption="None")
+        check("IPC", device="cuda:0", encryption="None")
+    for wrong in ({"encryption": "Full"}, {"encoding": "Int8"}, {"ranks": 2}):
+        with pytest.raises(ConfigError, match="channel IPC"):
+            check("IPC", **{"device": "cpu", "encryption": "None"} | wrong)
+    check("IPC", device="cpu", encryption="None")
     with pytest.raises(ConfigError, match="NCCL on cuda:0"):
         check("NCCL", device="cuda:0", encryption="None")
     with pytest.raises(ConfigError, match="expected encryption None, got Authenticated"):

@@ -1,0 +1,43 @@
+"""A service with `transfer.channel: IPC`: the decode worker reads its KV from the prefill worker's memory."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from lanewise.transfer import neighbour
+from tests.e2e.service import generate_all, request, running, service_file, until
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(not neighbour.place(), reason="no process_vm_readv"),
+]
+
+
+def test_the_decode_worker_reads_the_prefill_workers_memory(tmp_path: Path) -> None:
+    file = service_file(tmp_path / "spec", disaggregation="Always", transfer={"channel": "IPC"})
+    with running(tmp_path / "state", file) as service:
+
+        def counters(role: str) -> dict[str, int]:
+            return dict(next(w.stats.counters for w in service.snapshot().workers if w.description.role == role))
+
+        def links() -> list[str]:
+            return [link.state for worker in service.snapshot().workers for link in worker.stats.links]
+
+        until(lambda: links() == ["verified"], 20, lambda: f"links are {links()}")  # until then prefill is local
+        prompts = [list(range(at, at + 400)) for at in (100, 200, 300, 400)]
+        asked = [request(ids, max_tokens=8, ignore_eos=True, temperature=0.0) for ids in prompts]
+        texts = []
+        for message in asked:  # one after the other: the first may be sent before the direct connection is up
+            [result] = asyncio.run(generate_all(service.grpc, [message]))
+            assert result.reason == "length"
+            texts.append(result.token_ids)
+        until(lambda: counters("prefill")["delivered"] == 4, 20, lambda: f"prefill: {counters('prefill')}")
+        seen = counters("prefill")
+        assert seen["chunks_referred"] >= 2, seen
+        assert seen["chunks_resent"] == 0, seen
+        again = asyncio.run(generate_all(service.grpc, asked))
+        assert [result.token_ids for result in again] == texts
+        service.audit()
