@@ -22,7 +22,9 @@ WARM_BATCHES = 10  # until then the first model stands: first batches pay for ca
 PAUSE_FACTOR = 10.0  # a batch this much slower than predicted counts only if the next one is too: processes get paused
 MIN_BATCH_S = 1e-6
 PRIOR_VARIANCE = 4.0
-MAX_VARIANCE = 16.0  # forgetting must not let an unobserved scale drift to infinity
+MAX_VARIANCE = 0.25
+"""Of a scale's logarithm once the model stands. Forgetting must not let a scale that the batches hardly show move by more
+than they show: under a full queue all batches are of one size, and then one slow batch would be laid to whatever is small."""
 
 Chunk = tuple[int, int, bool]  # new tokens, cached tokens, finishes its prompt
 GROUPS = 4
@@ -78,10 +80,17 @@ class CostFit:
         for i in range(GROUPS):
             for j in range(GROUPS):
                 self._covariance[i][j] = (self._covariance[i][j] - gain_raw[i] * gain_raw[j] / noise) / FORGET
-            self._covariance[i][i] = min(self._covariance[i][i], MAX_VARIANCE)
         self._batches += 1
         if self._batches >= WARM_BATCHES:
+            self._bound_covariance()
             self.model = self._scaled()
+
+    def _bound_covariance(self) -> None:
+        """Scales rows and columns together, so that it stays a covariance."""
+        factors = [sqrt(min(MAX_VARIANCE / self._covariance[i][i], 1.0)) for i in range(GROUPS)]
+        for i in range(GROUPS):
+            for j in range(GROUPS):
+                self._covariance[i][j] *= factors[i] * factors[j]
 
     def _predict(self, tokens: int, attention: float, finishing: int, per_request: float) -> tuple[float, list[float]]:
         """Seconds at the current scales, and their derivative by the logarithm of each scale."""

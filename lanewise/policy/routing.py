@@ -76,7 +76,9 @@ def predicted_ttft(view: WorkerView, new: int, cached: int, cost: CostModel, tar
     queue is (`AHEAD`); a small share of the whole queue still counts, since late prompts wait for all of it.
     """
     running = view.stats.queue_wait_s
-    full = max(cost.tokens_in(FULL_BATCH * target_s), cost.knee_tokens, 1.0)
+    # A worker makes no batch that takes longer to begin than to compute, whatever its model has come to think.
+    least = (cost.weights_s + cost.launch_s) / max(cost.compute_s, 1e-12)
+    full = max(cost.tokens_in(FULL_BATCH * target_s), least, 1.0)
     rate = cost.batch(int(full), 0.0, 0, 1) / int(full)
     waiting = view.stats.queued_tokens + view.inflight_tokens
     total = min(waiting, max(AHEAD * new, full - new)) + new

@@ -141,3 +141,15 @@ def test_a_first_batch_on_a_crowded_machine_does_not_make_the_worker_look_dead()
     for _ in range(WARM_BATCHES - 2):
         fit.observe_prefill([(64, 0, True)], 30 * fit.model.alone(64))
         assert fit.model.alone(1536) == before, "nobody is shed on the word of a few batches"
+
+
+def test_a_slow_batch_among_many_of_one_size_is_not_laid_to_what_they_do_not_show() -> None:
+    """Under a full queue all batches are full, and how a batch's time divides cannot be told from them."""
+    fit, draw = CostFit(H200), random.Random(2)
+    for number in range(600):
+        chunks = [(1024, 0, True)] if number > 40 else [(draw.choice((16, 64, 256, 1024)), 0, True)]
+        fit.observe_prefill(chunks, H200.prefill(chunks) * draw.uniform(0.9, 1.1))
+    for _ in range(3):
+        fit.observe_prefill([(8, 0, True)], 3 * H200.prefill([(8, 0, True)]))
+    assert fit.model.launch_s < 6 * H200.launch_s
+    assert fit.model.alone(512) < 1.5 * H200.alone(512)

@@ -42,6 +42,15 @@ def test_prefers_the_idle_worker() -> None:
     assert pair.predicted_ttft_s == pytest.approx(0.12, rel=0.2)
 
 
+def test_a_model_with_long_fixed_times_does_not_count_them_for_each_token() -> None:
+    """Fixed times longer than a usual batch: 20,000 tokens then wait for some large batches, not for 20,000 small ones."""
+    slow = {**COST, "launch_s": 0.05, "weights_s": 1e-4}
+    view = WorkerView(p("p0").identity, WorkerStats(cost=slow, queued_tokens=20_000), True)
+    pair = choose_pair(ASK, fleet(view), 0.0, 0)
+    assert pair is not None
+    assert pair.predicted_ttft_s < 3 * 21_000 * slow["compute_s"]
+
+
 def test_a_cached_prefix_outweighs_a_short_queue() -> None:
     ask = replace(ASK, prompt_tokens=4000, cached_tokens={"p0": 3900})
     pair = choose_pair(ask, fleet(p("p0", queued_tokens=500), p("p1")), 0.0, 0)
