@@ -23,8 +23,8 @@ PAUSE_FACTOR = 10.0  # a batch this much slower than predicted counts only if th
 MIN_BATCH_S = 1e-6
 PRIOR_VARIANCE = 4.0
 MAX_VARIANCE = 0.25
-"""Of a scale's logarithm once the model stands. Forgetting must not let a scale that the batches hardly show move by more
-than they show: under a full queue all batches are of one size, and then one slow batch would be laid to whatever is small."""
+"""Of a scale's logarithm once the model stands. Forgetting must not let a scale that the batches hardly show move by
+more than they show: under a full queue all are of one size, and one slow batch would be laid to whatever is small."""
 
 Chunk = tuple[int, int, bool]  # new tokens, cached tokens, finishes its prompt
 GROUPS = 4

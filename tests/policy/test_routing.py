@@ -43,7 +43,7 @@ def test_prefers_the_idle_worker() -> None:
 
 
 def test_a_model_with_long_fixed_times_does_not_count_them_for_each_token() -> None:
-    """Fixed times longer than a usual batch: 20,000 tokens then wait for some large batches, not for 20,000 small ones."""
+    """Fixed times longer than a usual batch: 20,000 tokens wait for some large batches, not for 20,000 small ones."""
     slow = {**COST, "launch_s": 0.05, "weights_s": 1e-4}
     view = WorkerView(p("p0").identity, WorkerStats(cost=slow, queued_tokens=20_000), True)
     pair = choose_pair(ASK, fleet(view), 0.0, 0)
