@@ -254,7 +254,7 @@ class Pair:
         self.pipes["prefill"].send(("peers", ((self.address, "decode", ""),)))
         self._number = 0
         self._dice = random.Random(1)
-        time.sleep(1.0)  # HELLO and the test blocks
+        time.sleep(2.0)  # HELLO and the test blocks
 
     @staticmethod
     def _next(pipe: Connection, timeout_s: float) -> tuple[Any, ...]:

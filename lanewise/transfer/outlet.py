@@ -26,6 +26,7 @@ from lanewise.transfer.trial import References, Route, Trial
 log = logging.getLogger("lanewise.transfer")
 
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
+TRIAL_AFTER_S = 0.2  # a link that comes up measures its own sockets first
 _NEVER = float("inf")
 _MAX_PARTS = 512  # of one system call; Linux takes 1024
 _ZEROS = memoryview(bytes(1 << 20))
@@ -124,7 +125,7 @@ class Outlet:
 
     def close(self) -> None:
         self.up = self._greeted = False
-        self._trial = None
+        self._trial, self.route = None, Route.BYTES
         self._due_at = _NEVER
         if self._sock is not None:
             self._owner.unwatch(self._sock)
@@ -174,7 +175,7 @@ class Outlet:
     def _listen(self, now: float) -> None:
         assert self._sock is not None
         said = self._sock.recv(1)
-        if said not in (direct.WELCOME, direct.WELCOME_READS) or self.up or self._trial:
+        if said not in (direct.WELCOME, direct.WELCOME_READS) or self.up:
             raise OSError("closed by the decode worker" if not said else "not a direct connection")
         reads, demanded = said == direct.WELCOME_READS, self._references is References.ALWAYS
         if demanded and not reads:
@@ -183,10 +184,10 @@ class Outlet:
             return
         routes = (*(() if demanded else (Route.BYTES,)), *((Route.REFERENCE,) if reads else ()))
         self._trial = Trial(self._incarnation, self.where[0], self._block_bytes, routes)
-        self._test(self._trial, now)
+        self.up, self._tries, self._due_at = True, 0, now + TRIAL_AFTER_S
 
     def _test(self, trial: Trial, now: float) -> None:
-        """The next test block; behind the last one, the connection is up."""
+        """The next test block; behind the last one, the way is chosen. Until then bytes go by the connection."""
         if found := trial.next(now):
             probe, block = found
             header, num_bytes = m.encode(probe), len(block) if block else 0
@@ -195,11 +196,12 @@ class Outlet:
             self._post(Letter(("", 0), parts, len(parts[0]) + num_bytes), now)
             return
         route = trial.best()
-        if route is None:
-            self._break("no answer to test blocks", now)
+        self._trial, self._due_at = None, _NEVER
+        if route is None:  # as long as chunks are acknowledged bytes will do, but not where references are demanded
+            if self._references is References.ALWAYS:
+                self._break("no answer to test blocks", now)
             return
-        self._trial = None
-        self.up, self.route, self._tries, self._due_at = True, route, 0, _NEVER
+        self.route = route
         log.info("KV to %s goes by %s; test blocks: %s", self._address, route, trial)
         self._owner.measured(self._address, self.where[0], trial.num_bytes, trial.seconds[route])
 

@@ -36,14 +36,17 @@ def near(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbour, "is_own", lambda pid: False)
 
 
+def refers(outlet) -> bool:
+    return outlet is not None and outlet.route is Route.REFERENCE
+
+
 def pair(net, *, in_place=True, limits=LIMITS, **options):
     prefill = net.prefill(limits=limits, references=ALWAYS, **options)
     decode = net.decode(limits=limits, timers=options.get("timers"))
     prefill.store.in_place, decode.store.in_place = True, in_place
     decode.grant_all()
     prefill.sender.connect(decode.peer)
-    net.eventually(lambda: outlet_of(prefill, decode) is not None, "a direct connection")
-    assert outlet_of(prefill, decode).route is Route.REFERENCE
+    net.eventually(lambda: refers(outlet_of(prefill, decode)), "references")
     return prefill, decode
 
 
@@ -156,6 +159,7 @@ def test_another_process_reads_this_ones_memory(net, far, references):
     prefill.sender.connect(far)
     net.eventually(lambda: prefill.sender._thread._ways.outlets.to(far.kv_address), "a direct connection", 20)
     outlet = prefill.sender._thread._ways.outlets.to(far.kv_address)
+    net.eventually(lambda: outlet._trial is None, "the ways are tested", 20)
     ids = list(range(200))
     pages = prefill.compute(ids)
     prefill.sender.begin(("r", 1), far, ids, net.cache_key, pages)
