@@ -53,7 +53,7 @@ def encrypted(service: LLMService) -> bool:
 
 
 def has_data_port(service: LLMService) -> bool:
-    """Whether data goes beside control: under MACs of its own, or, where nothing is encrypted, by direct connections."""
+    """Whether data goes beside control: under MACs of its own or, where nothing is encrypted, by direct connections."""
     wanted = service.spec.transfer
     return wanted.encryption == "Authenticated" or (wanted.encryption == "None" and wanted.channel == "Auto")
 
