@@ -143,9 +143,9 @@ class Faults:
             return self.shots.armed(what)
 
     def take(self, what: str, target: str, request: str) -> bool:
-        """Whether a fault that the caller carries out happens now, to this request."""
+        """Whether a fault that the caller carries out happens now, to this request: one of those that are due."""
         with self.lock:
-            return any(list(self.shots.meet(target, what, request=request)))
+            return next(self.shots.meet(target, what, request=request), None) is not None
 
     def point(self, name: str) -> None:
         """The process reached a named point; it may not get further."""
