@@ -292,6 +292,7 @@ class DecodeLoop(WorkerLoop[Decode]):
             preemptions=self._preemptions,
             leaked_blocks=self.leaked_blocks,
             queue_wait_s=round(self._meter.wait_s(now), 4),
+            cost_batches=self._meter.cost_batches,
             decode_step_s=round(usual_step_s(self._step_times), 5) if len(self._step_times) >= MEASURED_STEPS else 0.0,
             counters=asdict(self.receiver.snapshot()),
         )

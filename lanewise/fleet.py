@@ -88,6 +88,7 @@ class WorkerStats:
     drain_eta_s: float = 0.0  # predicted time until everything it holds has ended
     handover: bool = False  # it drains, and waits for another pair to take its streams
     routers: int = 0  # sessions that are open
+    cost_batches: int = 0  # that `cost` was fitted to; 0: it is the model the worker started with
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 from lanewise.operator import names
 from lanewise.operator.observed import Known
 from lanewise.operator.status_pods import FAILING
-from lanewise.policy.cost import CostModel
+from lanewise.policy.cost import CostModel, usual_cost
 from lanewise.policy.scaling_types import Demand, Observation, RoleView
 
 Manifest = Mapping[str, Any]
@@ -32,7 +32,7 @@ class Memory:
 
     totals: dict[str, Demand] = field(default_factory=dict)  # of each router, when it was last asked
     asked_at: float | None = None
-    costs: dict[str, CostModel] = field(default_factory=dict)  # by role, while no worker is up to say it
+    costs: dict[str, CostModel] = field(default_factory=dict)  # by role, while no worker is up that knows it
     watts: dict[str, float] = field(default_factory=dict)  # of one worker, by role, likewise
     capacity: int = 0
 
@@ -149,9 +149,11 @@ def _newest(replies: Sequence[Any]) -> list[Any]:
 
 
 def _learn(role: str, stats: Sequence[Any], memory: Memory) -> None:
-    costs = [item.cost for item in stats if item.cost]
-    if costs:
-        memory.costs[role] = CostModel.from_mapping(dict(costs[0]))
+    costs = [(CostModel.from_mapping(dict(item.cost)), int(item.cost_batches)) for item in stats if item.cost]
+    if found := usual_cost(costs):
+        memory.costs[role] = found
+    elif costs:
+        memory.costs.setdefault(role, costs[0][0])
     if role == "decode":
         memory.capacity = max((int(item.kv_capacity_tokens) for item in stats), default=memory.capacity)
 

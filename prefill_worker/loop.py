@@ -282,6 +282,7 @@ class PrefillLoop(WorkerLoop[Prefill]):
                 queue_wait_s=round(self._meter.wait_s(now), 4),
                 drain_eta_s=round(self._meter.wait_s(now) + max(0, queued) * cost.token_s, 1),
                 cost=cost.to_mapping(),
+                cost_batches=self._meter.cost_batches,
                 lane=self.lane,
                 lane_generation=self.lane_generation,
                 lane_age_s=round(now - self.lane_moved_at, 1),

@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from lanewise.config import RouterConfig, parse_config
 from lanewise.errors import ConfigError, ErrorCode, LanewiseError
 from lanewise.fleet import Role
-from lanewise.policy.cost import CostModel
+from lanewise.policy.cost import CostModel, usual_cost
 from lanewise.policy.scaling_meter import DemandMeter
 from lanewise.router.auth import ApiKeys
 from lanewise.router.catalog import Catalog
@@ -48,6 +48,7 @@ from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
 from lanewise.rpc.process import die
 from lanewise.telemetry import setup_logging
 
+COST_S = 1.0  # between looks at what the workers say a batch takes
 FLUSH_S = 5.0  # after the last request has ended: for its last bytes to leave
 # The kernel would buffer megabytes for a client that reads nothing, and so hide that it does not.
 UNSENT_BYTES = 16 * 1024
@@ -125,6 +126,8 @@ class Router:
         self._config = config
         self.incarnation = str(uuid.uuid4())
         self._keys = ApiKeys(config.api_keys_file)
+        self._usual: CostModel | None = None
+        self._costed_at = float("-inf")
         self.catalog = Catalog(created=int(time.time()), expected=config.served_name)
         self.discovery = worker_discovery(config)
         self.metrics = RouterMetrics(DemandMeter(config.ttft_target_s, config.tpot_target_s, self._cost))
@@ -236,9 +239,15 @@ class Router:
         self._health_task = asyncio.get_running_loop().create_task(self._set_health(SERVING))
 
     def _cost(self) -> CostModel | None:
-        """As some prefill worker has it now (a decode worker where there is none)."""
-        sessions = sorted(self.roster.sessions(), key=lambda s: s.identity is None or s.identity.role is Role.DECODE)
-        return CostModel.from_mapping(sessions[0].stats.cost) if sessions else None
+        """As the prefill workers have it (decode workers where there is none), looked up once a second."""
+        now = time.monotonic()
+        if now - self._costed_at >= COST_S:
+            self._costed_at = now
+            known = [s for s in self.roster.sessions() if s.identity is not None]
+            prefill = [s for s in known if s.identity is not None and s.identity.role is Role.PREFILL]
+            costs = [(CostModel.from_mapping(s.stats.cost), s.stats.cost_batches) for s in prefill or known]
+            self._usual = usual_cost(costs) or self._usual or (costs[0][0] if costs else None)
+        return self._usual
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", "lanewise.v1.Inference"):

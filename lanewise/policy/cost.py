@@ -11,10 +11,12 @@ N = new tokens in the batch, n and c = one request's new and cached tokens, B = 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from math import sqrt
+
+USUAL_BATCH_TOKENS = 512  # by whose time the models of several workers are put in order
 
 
 @dataclass(frozen=True)
@@ -148,3 +150,15 @@ class CostModel:
         """The inverse; unknown names are ignored and missing ones keep their default, so versions interoperate."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: float(value) for name, value in values.items() if name in known})
+
+
+def usual_cost(workers: Sequence[tuple[CostModel, int]]) -> CostModel | None:
+    """The model that stands for several workers: each with its own and the batches that was fitted to (0: not yet).
+
+    The one in the middle, by the time of a usual batch. A worker that has just started says nothing of what workers
+    here can do: None where no other is there.
+    """
+    fitted = sorted(
+        (model for model, batches in workers if batches), key=lambda m: m.batch(USUAL_BATCH_TOKENS, 0, 1, 1)
+    )
+    return fitted[len(fitted) // 2] if fitted else None

@@ -46,6 +46,11 @@ class Meter:
         return max(0.0, self._ends_at - now)
 
     @property
+    def cost_batches(self) -> int:
+        """Batches that `policy.cost` was fitted to; 0: it is the model the worker started with."""
+        return self._fit.batches
+
+    @property
     def running_tokens(self) -> int:
         """Prompt tokens in the running batch; they no longer wait."""
         return sum(new for new, _, _ in self._chunks)

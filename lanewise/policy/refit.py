@@ -45,6 +45,11 @@ class CostFit:
         self._paused = False
         self.model = first
 
+    @property
+    def batches(self) -> int:
+        """That `model` was fitted to; 0 while it is the first one."""
+        return self._batches if self._batches >= WARM_BATCHES else 0
+
     def observe_prefill(self, chunks: Sequence[Chunk], seconds: float) -> None:
         """One prefill batch took `seconds`."""
         tokens = sum(new for new, _, _ in chunks)

@@ -221,6 +221,7 @@ _STATS_NUMBERS = (
     "drain_eta_s",
     "handover",
     "routers",
+    "cost_batches",
 )
 
 

@@ -645,7 +645,7 @@ class LinkInfo(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., bandwidth_bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("queued_requests", "queued_tokens", "running_requests", "running_context_tokens", "kv_used_tokens", "kv_capacity_tokens", "kv_cached_tokens", "decode_step_s", "queue_wait_s", "cost", "lane", "lane_generation", "lane_age_s", "draining", "links", "transfers", "preemptions", "leaked_blocks", "counters", "drain_eta_s", "handover", "routers")
+    __slots__ = ("queued_requests", "queued_tokens", "running_requests", "running_context_tokens", "kv_used_tokens", "kv_capacity_tokens", "kv_cached_tokens", "decode_step_s", "queue_wait_s", "cost", "lane", "lane_generation", "lane_age_s", "draining", "links", "transfers", "preemptions", "leaked_blocks", "counters", "drain_eta_s", "handover", "routers", "cost_batches")
     class CostEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -682,6 +682,7 @@ class Stats(_message.Message):
     DRAIN_ETA_S_FIELD_NUMBER: _ClassVar[int]
     HANDOVER_FIELD_NUMBER: _ClassVar[int]
     ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    COST_BATCHES_FIELD_NUMBER: _ClassVar[int]
     queued_requests: int
     queued_tokens: int
     running_requests: int
@@ -704,7 +705,8 @@ class Stats(_message.Message):
     drain_eta_s: float
     handover: bool
     routers: int
-    def __init__(self, queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., queue_wait_s: _Optional[float] = ..., cost: _Optional[_Mapping[str, float]] = ..., lane: _Optional[str] = ..., lane_generation: _Optional[int] = ..., lane_age_s: _Optional[float] = ..., draining: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., transfers: _Optional[int] = ..., preemptions: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., drain_eta_s: _Optional[float] = ..., handover: _Optional[bool] = ..., routers: _Optional[int] = ...) -> None: ...
+    cost_batches: int
+    def __init__(self, queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., queue_wait_s: _Optional[float] = ..., cost: _Optional[_Mapping[str, float]] = ..., lane: _Optional[str] = ..., lane_generation: _Optional[int] = ..., lane_age_s: _Optional[float] = ..., draining: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., transfers: _Optional[int] = ..., preemptions: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., drain_eta_s: _Optional[float] = ..., handover: _Optional[bool] = ..., routers: _Optional[int] = ..., cost_batches: _Optional[int] = ...) -> None: ...
 
 class BlockEvents(_message.Message):
     __slots__ = ("number", "snapshot", "added", "removed")

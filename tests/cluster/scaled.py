@@ -6,13 +6,14 @@ Owns: what the tests of scaling share. Must not: assert anything about scale.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
 from types import TracebackType
 from typing import Any
 
@@ -157,13 +158,19 @@ class Users:
         self._thread.join(120)
         assert not self._thread.is_alive(), "users did not end"
 
-    def rate(self, seconds: float) -> float:
-        """Requests a second, from how long those took that ended within the last `seconds` (Little's law).
+    def rate(self, since: float) -> float:
+        """Requests a second that ended since that moment (monotonic).
 
-        Counting them would not do: users who began together end together, in waves about as long as such a window.
+        Users who began together end together: the window must be long beside what one request takes. How long those
+        took that ended would not do: workers serve the late last, and those have not ended.
         """
         now = time.monotonic()
-        return self.count / mean(took for at, took in list(self.ended) if now - at <= seconds)
+        return sum(since <= at <= now for at, _ in list(self.ended)) / (now - since)
+
+    def by_second(self) -> str:
+        """How many ended in each second, for the log."""
+        counts = Counter(int(at - self.ended[0][0]) for at, _ in list(self.ended))
+        return " ".join(str(counts[second]) for second in range(max(counts) + 1))
 
     async def _run(self) -> None:
         timeout = aiohttp.ClientTimeout(total=100)
@@ -172,10 +179,12 @@ class Users:
                 group.create_task(self._user(session, user))
 
     async def _user(self, session: aiohttp.ClientSession, user: int) -> None:
-        number = user
-        while not self._stop.is_set():
-            number += 1
-            await one(session, self.addresses[number % len(self.addresses)], self.body, number, self)
+        """No two requests of all users are equal: what one worker has cached, three would have to compute again."""
+        for number in itertools.count(user, self.count):
+            if self._stop.is_set():
+                return
+            turn = (number // self.count + user) % len(self.addresses)
+            await one(session, self.addresses[turn], self.body, number, self)
 
 
 async def one(session: aiohttp.ClientSession, address: str, body: dict[str, Any], number: int, users: Users) -> None:

@@ -73,18 +73,22 @@ def test_the_right_role_grows_shrinks_and_the_budget_holds_every_second(scaled: 
             index = ("prefill", "decode").index(role)
             with Users(addresses, body) as users:
                 wait_for(lambda users=users: len(users.ended) >= 16, "the first requests", 60)  # type: ignore[misc]
-                before = scaled.throttled(role)
+                before, since = scaled.throttled(role), time.monotonic()
                 time.sleep(6)
-                alone, bitten = users.rate(6), scaled.throttled(role) - before
+                bitten = scaled.throttled(role) - before
+                scaled.wait_replicas(f"{role} to grow", lambda *n, i=index: n[i] > 1)
+                alone = users.rate(since)
                 scaled.wait_replicas(f"{role} to grow to 3", lambda *n, i=index: n[i] == 3)
                 wait_for(lambda role=role: len(scaled.pods(role)) == 3, f"3 {role} pods", 60)  # type: ignore[misc]
                 assert scaled.replicas()[1 - index] == 1, f"only {role} was short, got {scaled.replicas()}"
                 time.sleep(10)
-                three = users.rate(8)
+                since = time.monotonic()
+                time.sleep(20)
+                three = users.rate(since)
             assert not users.failures, users.failures[:3]
             say(
                 f"{role}: {alone:.2f} requests/s per worker with 1, {three / 3:.2f} with 3; the quota stopped the "
-                f"first {bitten} times in 6 s; {users.shed} answers to come later"
+                f"first {bitten} times in 6 s; {users.shed} answers to come later; ended by second: {users.by_second()}"
             )
             assert bitten > 0, "the CPU quota should bite"
             assert three > 1.5 * alone, "three workers should do more than one"

@@ -182,6 +182,24 @@ def test_workers_are_counted_once_by_their_newest_word_and_remembered() -> None:
     assert later.decode.kv_capacity_tokens == 5000
 
 
+def test_a_worker_that_has_measured_nothing_does_not_say_what_workers_cost() -> None:
+    """Whichever of them comes first: scaling by a start's guess took back what it had just added."""
+    memory = Memory()
+    known_s, guess_s = {"compute_s": 0.5}, {"compute_s": 0.0001}
+    for fitted, fresh in (("a", "b"), ("b", "a")):
+        both = (worker("prefill", fitted, cost=known_s, cost_batches=40), worker("prefill", fresh, cost=guess_s))
+        assert look(known(), [reply("r", workers=both)], memory).prefill.cost.compute_s == 0.5
+    alone = (worker("prefill", "c", cost=guess_s),)
+    assert look(known(), [reply("r", workers=alone)], memory).prefill.cost.compute_s == 0.5  # the last that knew
+    assert look(known(), [reply("r", workers=alone)], Memory()).prefill.cost.compute_s == 0.0001  # nobody ever did
+
+
+def test_one_worker_that_is_slower_than_its_siblings_does_not_speak_for_them() -> None:
+    costs = {"a": 0.5, "b": 0.004, "c": 0.005}
+    workers = tuple(worker("prefill", name, cost={"compute_s": s}, cost_batches=40) for name, s in costs.items())
+    assert look(known(), [reply("r", workers=workers)], Memory()).prefill.cost.compute_s == 0.005
+
+
 # ---------------------------------------------------------------- rules, schedules, status
 
 
