@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -17,6 +18,7 @@ import structlog
 from lanewise.fleet import FleetSnapshot, Role, WorkerIdentity
 from lanewise.policy.baseline_routing import worker_cost
 from lanewise.policy.blocks import UNIT_TOKENS, cache_key, chain_hashes
+from lanewise.policy.cost import usual_cost
 from lanewise.router.catalog import Catalog
 from lanewise.router.discovery import Discovery, Endpoint, View
 from lanewise.router.session import Key, Session, SessionEnded, Timing, Work
@@ -108,10 +110,25 @@ class Roster:
         self._fleet_changed()
 
     def changed(self, session: Session) -> None:
+        if not session.stats.cost_batches:
+            self._lend_cost(session)
         worker_cost(session.view())  # both are kept: made now, they do not cost the next request its time
         self._fleet_changed()
         if session.stats.handover and session.carried and self._listener is not None:
             self._listener.hand_over(session)
+
+    def _lend_cost(self, session: Session) -> None:
+        """A worker that has measured nothing yet is placed by what the same device does in others: by the guess it
+        starts with it could draw every request, or none."""
+        mine = _identity(session)
+        alike = [
+            (worker_cost(other.view()), other.stats.cost_batches)
+            for other in self._sessions.values()
+            if (it := _identity(other)).role is mine.role
+            and (it.device, it.fingerprint) == (mine.device, mine.fingerprint)
+        ]
+        if (cost := usual_cost(alike)) is not None:
+            session.stats = replace(session.stats, cost=cost.to_mapping())
 
     # ------------------------------------------------------------ keepers
 

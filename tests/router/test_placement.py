@@ -33,6 +33,22 @@ async def test_a_running_request_is_counted_once() -> None:
         assert session.view().inflight_requests == 0
 
 
+async def test_a_worker_that_has_measured_nothing_is_placed_by_what_its_siblings_measured() -> None:
+    """By its own guess it would draw every request until it knew better."""
+    async with rig("ppd") as made:
+        known, fresh = (worker for worker in made.workers if worker.role == "prefill")
+        sessions = [made.router.roster.session(worker.incarnation) for worker in (known, fresh)]
+        assert sessions[0] is not None
+        assert sessions[1] is not None
+        known.say(stats=known.stats(cost={"compute_s": 0.25}, cost_batches=50))
+        await until(lambda: sessions[0].stats.cost_batches == 50)
+        for _ in range(2):
+            fresh.say(stats=fresh.stats(cost={"compute_s": 1e-6}))
+            await until(lambda: sessions[1].view().stats.cost.get("compute_s") == 0.25)
+        fresh.say(stats=fresh.stats(cost={"compute_s": 0.125}, cost_batches=10))
+        await until(lambda: sessions[1].view().stats.cost.get("compute_s") == 0.125)
+
+
 async def test_a_prefill_worker_needs_one_verified_partner() -> None:
     async with rig() as made:
         failed = pb.LinkInfo(peer=made.decode.incarnation, state="failed", reason="no answer to 3 HELLOs")
