@@ -124,7 +124,8 @@ class Roster:
         alike = [
             (worker_cost(other.view()), other.stats.cost_batches)
             for other in self._sessions.values()
-            if (it := _identity(other)).role is mine.role
+            if other is not session
+            and (it := _identity(other)).role is mine.role
             and (it.device, it.fingerprint) == (mine.device, mine.fingerprint)
         ]
         if (cost := usual_cost(alike)) is not None:
