@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -43,7 +43,7 @@ class Owner(Protocol):
 
 
 Fetch = Callable[[Sequence[memoryview]], None]
-"""Fills these parts; OSError where it cannot."""
+"""Fills these parts with what comes next; OSError where it cannot."""
 
 
 class Sink:
@@ -114,11 +114,12 @@ class Sink:
         """All at once. What is checksummed is what lies here now: the sender's memory may be another's by then."""
         got, self.left = self.left, 0
         try:
-            fetch([self.staged] if self.staged is not None else self._parts)
+            for step in _in_steps([self.staged] if self.staged is not None else self._parts):
+                fetch(step)
+                for part in step if self.staged is None else ():  # what is staged is checked when it is written
+                    self._state.update(part)
         except OSError:
             self.failed = True
-        for part in self._parts:
-            self._state.update(part)
         return got
 
     def wipe(self) -> None:
@@ -130,6 +131,22 @@ class Sink:
         """From here on no page is written."""
         self._pages, self._parts = [], []
         self.write = self.staged = None
+
+
+def _in_steps(parts: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """The parts in turn, cut so that a step is _STEP_BYTES, or less at the end."""
+    step: list[memoryview] = []
+    room = _STEP_BYTES
+    for part in parts:
+        left = part
+        while len(left) >= room:
+            yield [*step, left[:room]]
+            left, step, room = left[room:], [], _STEP_BYTES
+        if len(left):
+            step.append(left)
+            room -= len(left)
+    if step:
+        yield step
 
 
 class Inlet:

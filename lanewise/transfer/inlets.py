@@ -13,7 +13,6 @@ import contextlib
 import hmac
 import secrets
 import socket
-from functools import partial
 from typing import Protocol
 
 import zmq
@@ -24,7 +23,7 @@ from lanewise.transfer import direct, neighbour
 from lanewise.transfer import messages as m
 from lanewise.transfer.faults import Faults
 from lanewise.transfer.inlet import Fetch, Inlet, Sink
-from lanewise.transfer.neighbour import Neighbour, NotRuns, unpack
+from lanewise.transfer.neighbour import Neighbour, NotRuns, Reading, unpack
 from lanewise.transfer.protocol import Action, Send, Write
 from lanewise.transfer.receiver_core import ReceiverCore
 from lanewise.transfer.records import Counters, Limits, PageStore
@@ -168,7 +167,7 @@ class Inlets:
         if num_bytes or inlet.neighbour is None:
             raise NotRuns("references with a payload, or to memory that cannot be read")
         areas, total = unpack(runs, self.max_chunk_bytes)
-        return total, partial(inlet.neighbour.read, areas)
+        return total, Reading(inlet.neighbour, areas).fill
 
     def _staging(self, inlet: Inlet, num_bytes: int) -> memoryview:
         if len(inlet.staging) < num_bytes:

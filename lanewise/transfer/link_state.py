@@ -37,6 +37,7 @@ class LinkMachine:
         """Fingerprints differ or the incarnation is gone: greeting again cannot help."""
         self.mismatch = False
         self.chunk_bytes = limits.chunk_bytes
+        self.referred_bytes = limits.chunk_bytes
         self._identity = identity
         self._timers = timers
         self._limits = limits
@@ -107,6 +108,7 @@ class LinkMachine:
         if refusal:
             return self.fail(f"decode worker refuses: {refusal}", now, hopeless=True, mismatch=True)
         self.chunk_bytes = min(self._limits.chunk_bytes, ack.max_chunk_bytes)
+        self.referred_bytes = min(self._limits.referred_bytes, ack.max_chunk_bytes)
         self._tries = 0
         self._block_s = 0.0
         self._ping_at = now + self._timers.ping_s

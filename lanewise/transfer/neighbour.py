@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_RUNS = 256
+MAX_RUNS = 1024
 """Parts that one message may name: they fit its header, and one system call."""
 
 _RUN = np.dtype([("address", "<u8"), ("length", "<u4")])
@@ -108,7 +108,9 @@ class Neighbour:
         return neighbour if hmac.compare_digest(seen, token) else None
 
     def read(self, areas: Areas, into: Sequence[memoryview]) -> None:
-        """Fills `into` with these areas, which have as many bytes together; OSError where not all could be read."""
+        """Fills `into` with these areas, which have as many bytes together; OSError where not all could be read.
+
+        At most MAX_RUNS of each."""
         if _readv is None:
             raise OSError(errno.ENOSYS, "no memory of other processes can be read here")
         mine = np.array([(address_of(part), len(part)) for part in into], np.uint64)
@@ -118,3 +120,27 @@ class Neighbour:
             raise OSError(error, os.strerror(error))
         if got != int(areas[:, 1].sum()) or got != int(mine[:, 1].sum()):
             raise OSError(errno.EFAULT, f"{got} bytes could be read of process {self.pid}")
+
+
+class Reading:
+    """Areas of a neighbour's memory, read from the first to the last in as many steps as the reader likes."""
+
+    def __init__(self, neighbour: Neighbour, areas: Areas) -> None:
+        self._neighbour = neighbour
+        self._areas = areas
+        self._ends = np.cumsum(areas[:, 1])
+        self._at = 0
+
+    def fill(self, into: Sequence[memoryview]) -> None:
+        """Fills these parts with what comes next; OSError where it cannot be read."""
+        start, stop = self._at, self._at + sum(map(len, into))
+        first, last = np.searchsorted(self._ends, [start, stop - 1], "right")
+        if last >= len(self._areas):
+            raise OSError(errno.EFAULT, f"{stop} bytes of {self._ends[-1]} that were referred to")
+        areas = self._areas[first : last + 1].copy()
+        areas[-1, 1] -= self._ends[last] - np.uint64(stop)
+        skipped = np.uint64(start) - (self._ends[first] - self._areas[first, 1])
+        areas[0, 0] += skipped
+        areas[0, 1] -= skipped
+        self._neighbour.read(areas, into)
+        self._at = stop

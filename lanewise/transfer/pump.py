@@ -25,9 +25,6 @@ from lanewise.transfer.trial import Route
 from lanewise.transfer.ways import Way, Ways
 
 _CHUNKS_PER_TURN = 8  # then messages, commands and timers have their turn
-_WINDOWS = 2
-"""References leave at once, however many: beyond so many windows of bytes that are not acknowledged the next chunk
-waits, so that a short prompt need not stand behind long ones."""
 
 
 class Host(Protocol):
@@ -53,10 +50,12 @@ class Pump:
         """Sends chunks while there are any and something takes them; whether a data socket is waited for."""
         ways, address = self._ways, connection.address
         if ways.outlets and (outlet := ways.outlets.to(address)):
-            refer = outlet.route is Route.REFERENCE
+            refer = outlet.route is Route.REFERENCE and ways.refers
 
             def ready() -> bool:
-                most = _WINDOWS * self._host.limits.window_bytes
+                """References leave at once, however many: beyond a window of bytes that are not acknowledged the next
+                chunk waits, so that a short prompt need not stand behind long ones."""
+                most = self._host.limits.window_bytes
                 return outlet.idle and not (refer and self._host.core.unacked_bytes(address) >= most)
 
             self._by(ready, partial(ways.by_outlet, outlet), address, now, in_place=True, refer=refer)
@@ -83,7 +82,7 @@ class Pump:
         for _ in range(_CHUNKS_PER_TURN):
             if not ready():
                 return True
-            chosen = self._host.core.next_chunk(address)
+            chosen = self._host.core.next_chunk(address, refer=refer)
             if chosen is None:
                 return False
             self._send(way, *chosen, now, in_place, refer)

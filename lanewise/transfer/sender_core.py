@@ -105,28 +105,29 @@ class SenderCore:
 
     # --- chunks
 
-    def wants(self, address: str) -> bool:
-        """Whether `next_chunk` would have something to send."""
-        return bool(self._with_chunk(address))
-
-    def next_chunk(self, address: str) -> tuple[SenderTransfer, Job] | None:
-        """What to send on a data socket of this address that can take a message."""
-        ready = self._with_chunk(address)
+    def next_chunk(self, address: str, *, refer: bool = False) -> tuple[SenderTransfer, Job] | None:
+        """What to send to this address, now that something can take a message. `refer`: only its place is sent."""
+        ready = self._with_chunk(address, refer)
         if not ready:
             return None
         self._turn += 1
         oldest = self._turn % _FAIR_EVERY == 0
         chosen = ready[0] if oldest else min(ready, key=lambda transfer: transfer.window.remaining_bytes)
-        job = chosen.take(self._links[address, chosen.peer.incarnation].chunk_bytes)
+        job = chosen.take(self._most(chosen, refer))
         assert job is not None
         return chosen, job
 
-    def _with_chunk(self, address: str) -> list[SenderTransfer]:
+    def _with_chunk(self, address: str, refer: bool) -> list[SenderTransfer]:
         return [
             transfer
             for transfer in self._by_address.get(address, {}).values()
-            if transfer.streaming and transfer.window.wants(self._links[address, transfer.peer.incarnation].chunk_bytes)
+            if transfer.streaming and transfer.window.wants(self._most(transfer, refer))
         ]
+
+    def _most(self, transfer: SenderTransfer, refer: bool) -> int:
+        """Bytes of its next chunk."""
+        link = self._links[transfer.peer.kv_address, transfer.peer.incarnation]
+        return link.referred_bytes if refer else link.chunk_bytes
 
     def unacked_bytes(self, address: str) -> int:
         """Of all transfers to this address: handed to the network and not known to be in place."""

@@ -57,6 +57,7 @@ class Ways:
         self._store = store
         self._layout = layout
         self._encoding = Encoding.of(layout)
+        self.refers = self._encoding is None  # of what is encoded nothing lies in pages
         self._limits = limits
         self._faults = faults
         self._buffers = Buffers(limits.data_hwm * limits.stripes)

@@ -20,7 +20,7 @@ from lanewise.transfer.receiver_core import ReceiverCore
 from lanewise.transfer.records import Binding, Endpoint, Slice
 
 IDS = list(range(400))
-LIMITS = Limits(chunk_bytes=8192, least_piece_bytes=1)
+LIMITS = Limits(chunk_bytes=8192, referred_bytes=8192, least_piece_bytes=1)
 
 
 def outlet_of(prefill, decode) -> Outlet | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 import socket
@@ -20,9 +21,9 @@ from hypothesis import strategies as st
 from lanewise.fleet import LinkState
 from lanewise.transfer import Aborted, Committed, Delivered, Faults, Limits, LinkReport, Peer, direct, neighbour
 from lanewise.transfer import messages as m
-from lanewise.transfer.neighbour import Neighbour, NotRuns, pack, unpack
+from lanewise.transfer.neighbour import Neighbour, NotRuns, Reading, pack, unpack
 from lanewise.transfer.trial import References, Route
-from tests.transfer.test_direct import LIMITS, arrives, begin, connect, outlet_of
+from tests.transfer.test_direct import IDS, LIMITS, arrives, begin, connect, outlet_of
 
 SCRIPT = Path(__file__).with_name("peer_process.py")
 ALWAYS = References.ALWAYS
@@ -127,16 +128,33 @@ def test_faults_of_references_are_made_good(net, near, what):
 
 
 def test_references_wait_for_acknowledgements(net, near, monkeypatch):
-    limits = Limits(chunk_bytes=8192, least_piece_bytes=1, window_bytes=16384)
+    limits = Limits(chunk_bytes=8192, referred_bytes=8192, least_piece_bytes=1, window_bytes=16384)
     prefill, decode = pair(net, limits=limits)
     gate = Gate(monkeypatch)
     for epoch in range(8):
         begin(net, prefill, decode, (f"r{epoch}", 1))
-    net.eventually(lambda: prefill.sender.snapshot().chunks_referred == 4, "two windows are on their way")
+    net.eventually(lambda: prefill.sender.snapshot().chunks_referred == 2, "a window is on its way")
     assert gate.waiting.wait(8)
     gate.open.set()
     for epoch in range(8):
         prefill.log.wait(Delivered, (f"r{epoch}", 1))
+
+
+def test_a_chunk_that_is_too_large_for_bytes_by_usual_goes_again_as_bytes(net, near, monkeypatch):
+    """References may be of more than `chunk_bytes`; where they cannot be read, the same chunk comes by the network."""
+    limits = Limits(chunk_bytes=8192, referred_bytes=1 << 20, least_piece_bytes=1)
+    prefill, decode = pair(net, limits=limits)
+    arrives(net, prefill, decode, ("r", 1), IDS[:96])
+    assert (prefill.sender.snapshot().chunks_sent, prefill.sender.snapshot().chunks_referred) == (1, 1)
+
+    def refuse(*args: object) -> None:
+        raise OSError(1, "not permitted")
+
+    monkeypatch.setattr(Neighbour, "read", refuse)
+    arrives(net, prefill, decode, ("r", 2), IDS[96:192])
+    seen = prefill.sender.snapshot()
+    assert (seen.chunks_sent, seen.chunks_referred, seen.chunks_resent) == (3, 2, 1)
+    assert decode.receiver.snapshot().chunks_corrupt == 1
 
 
 # --- between processes
@@ -257,6 +275,22 @@ def test_references_name_what_was_packed(lengths):
     into = bytearray(total)
     Neighbour(os.getpid()).read(areas, [memoryview(into)])
     assert bytes(into) == b"".join(parts)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.lists(st.integers(1, 70), min_size=1))
+def test_references_can_be_read_in_any_steps(lengths, steps):
+    parts = [memoryview(bytearray(os.urandom(length))) for length in lengths]
+    areas, total = unpack(pack(parts), 1 << 20)
+    reading, into, at = Reading(Neighbour(os.getpid()), areas), memoryview(bytearray(total)), 0
+    for step in itertools.cycle(steps):
+        half = into[at : at + step // 2], into[at + step // 2 : at + step]
+        reading.fill([part for part in half if len(part)])
+        at = min(at + step, total)
+        if at == total:
+            break
+    assert bytes(into) == b"".join(parts)
+    with pytest.raises(OSError, match="that were referred to"):
+        reading.fill([memoryview(bytearray(1))])
 
 
 def test_memory_that_is_not_there_is_an_error():
