@@ -10,9 +10,10 @@ with transfers and with a sender that sends nothing.
 A prefill of seconds varies by more than a transfer takes. So the delay is measured in a second way, of which the
 prefill's own time is no part: what its parts are seen to cost.
 - `gap`: from the first token to the second one, less the same with `local`: what is left to be sent by then.
-- `taken`: CPU time that other threads than the engine's took in the prefill process while the prompt was computed. They
-  share its one core, so that the prompt took so much longer. What caches and the memory bus are slower for it is not in
-  it; the throughput with eight transfers holds that too.
+- `taken`: CPU time that other threads than the engine's took in the process that computed the prompt, less the same
+  with `local`. They share its one core, so that the prompt took so much longer. What caches and the memory bus are
+  slower for it is not in it; the throughput with eight transfers holds that too.
+Rounds count once the workers know what batches take and all memory of the pools has been used.
 `--channel` as of benchmarks/kv_channel.py; several take turns in one run.
 """
 
@@ -61,6 +62,8 @@ SHAPES = {
     "wide": Shape("12 layers, 4 KV heads of 256", 4096, 256, 12, 4, 4, 256, 512, 8192, "float32", 2048),
 }
 CROWD = 8
+WARM_ROUNDS = 4  # the pools hold three prompts
+FIRST_TOKENS = range(200, 440, 20)  # lengths of the prompts that the cost model is fitted to before
 
 
 def make_model(directory: Path, shape: Shape) -> None:
@@ -195,7 +198,7 @@ def worker(role: str, core: int, model: str, dtype: str, pool_bytes: int, channe
     layout = engine.pool.layout
     engine.warm_up()
     endpoint = Endpoint(role, engine.fingerprint, engine.fingerprint_fields, layout)
-    policy = make_batch_policy("lanewise", max_batch_tokens=512, cost=CostModel())
+    policy = make_batch_policy("lanewise", max_batch_tokens=config.max_batch_tokens, cost=CostModel())
     recorder = Recorder(pipe)
     outbox: Any = recorder
     direct = channel != "ZeroMQ"
@@ -323,14 +326,17 @@ def measure(name: str, channels: list[str], rounds: int) -> list[dict[str, Any]]
     with tempfile.TemporaryDirectory() as directory:
         make_model(Path(directory), shape)
         pairs = {channel: Pair(directory, shape, channel) for channel in channels}
-        for number in range(rounds + 1):
+        for pair in pairs.values():
+            for tokens in FIRST_TOKENS:
+                pair.ask("none", 1, tokens)
+        for number in range(WARM_ROUNDS + rounds):
             asked = [pairs[channels[0]].ask("local", 1, shape.prompt_tokens)]
             for channel, pair in pairs.items():
                 for mode in MODES[1:]:
                     asked.append(pair.ask(mode, 1, shape.prompt_tokens))
-                    if number:  # the first round warms up
+                    if number >= WARM_ROUNDS:
                         times.setdefault((channel, mode), []).append(asked[-1])
-            local += asked[: bool(number)]
+            local += asked[: number >= WARM_ROUNDS]
         for _ in range(rounds):
             for channel, pair in pairs.items():
                 for label, mode in (("with", "overlapped"), ("none", "none")):
@@ -357,7 +363,7 @@ def of_channel(channel: str, times: dict[tuple[str, str], list[Times]], local: l
         delays[mode] = statistics.median(ours.second - alone.second for ours, alone in rounds)
         parts[mode] = {
             "gap": statistics.median(ours.gap - alone.gap for ours, alone in rounds),
-            "taken": statistics.median(ours.taken for ours, _ in rounds),
+            "taken": statistics.median(ours.taken - alone.taken for ours, alone in rounds),
         }
     seen = {mode: sum(each.values()) for mode, each in parts.items()}
     crowds = zip(times[channel, "with"], times[channel, "none"], strict=True)

@@ -222,7 +222,8 @@ class PrefillLoop(WorkerLoop[Prefill]):
         self._meter.begin(chunks, started)
         self.report()  # `accepted`, failures and the queue need not wait for the batch
         sent = (w for w in work if self.attempts[w.seq.key].lent)
-        by_layer = self._overlap.begin((w.seq.key, w.seq.num_computed, w.num_new) for w in sent) or self._faults.active
+        parts = ((w.seq.key, w.seq.num_computed, w.num_new) for w in sent)
+        by_layer = self._overlap.begin(parts, self._meter.wait_s(started)) or self._faults.active
         sampled = self._engine.step(work, on_layers=self._on_layers if by_layer else None)
         self._overlap.computed(self._engine.pool.layout.num_layers)
         ended = self.clock()

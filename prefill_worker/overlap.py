@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lanewise.policy.blocks import KVLayout
-from lanewise.transfer.grouping import layers_per_group
+from lanewise.transfer.grouping import USUAL_BYTES_PER_S, group_ends
 
 Key = tuple[str, int]
 
@@ -24,7 +24,7 @@ class _Sender(Protocol):
 class _Part:
     key: Key
     tokens: int  # ids[0:tokens] are computed when the batch is
-    group: int
+    ends: tuple[int, ...]  # layers after which a group is whole
     announced: int = 0  # layers
 
 
@@ -36,21 +36,23 @@ class Overlap:
         self._bandwidth = bandwidth
         self._parts: list[_Part] = []
 
-    def begin(self, chunks: Iterable[tuple[Key, int, int]]) -> bool:
-        """A batch starts: (key, tokens computed before, new tokens) of each sequence in it.
+    def begin(self, chunks: Iterable[tuple[Key, int, int]], seconds: float = 0.0) -> bool:
+        """A batch starts that should take so long: (key, tokens computed before, new tokens) of each sequence in it.
 
         False: all of it goes whole, so `computed` need not be called before the end. Asking an engine for each layer
         costs it a wait per layer on a GPU."""
-        self._parts = [
-            _Part(key, before + new, layers_per_group(self._layout, new, self._bandwidth(key)))
-            for key, before, new in chunks
-        ]
-        return any(part.group < self._layout.num_layers for part in self._parts)
+        parts = [(key, before, new, self._bandwidth(key)) for key, before, new in chunks]
+        total = self._layout.slice_bytes(sum(new for _, _, new, _ in parts), self._layout.num_layers)
+        self._parts = []
+        for key, before, new, rate in parts:
+            layers_sent = seconds * (rate or USUAL_BYTES_PER_S) / total
+            self._parts.append(_Part(key, before + new, group_ends(self._layout, new, rate, layers_sent)))
+        return any(len(part.ends) > 1 for part in self._parts)
 
     def computed(self, layer_end: int) -> None:
         """KV of layers 0 to `layer_end` of the batch is in the pool."""
-        last = layer_end == self._layout.num_layers
         for part in self._parts:
-            if layer_end - part.announced >= part.group or (last and part.announced < layer_end):
-                self._sender.ready(part.key, part.tokens, range(part.announced, layer_end))
-                part.announced = layer_end
+            whole = max((end for end in part.ends if end <= layer_end), default=0)
+            if whole > part.announced:
+                self._sender.ready(part.key, part.tokens, range(part.announced, whole))
+                part.announced = whole

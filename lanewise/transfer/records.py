@@ -145,11 +145,10 @@ class Limits:
     """Sizes. Credit bounds the bytes on their way to one receiver, whatever the number of senders."""
 
     chunk_bytes: int = 4 * MIB  # Python costs the same per chunk, whatever its size
-    referred_bytes: int = 16 * MIB  # a chunk of which only the place is sent: Python is all that it costs the sender
-    max_chunk_bytes: int = 16 * MIB
-    """Largest chunk a receiver takes; a sender uses the smaller of its own and the partner's."""
+    referred_bytes: int = 32 * MIB  # a chunk of which only the place is sent: Python is all that it costs the sender
+    max_chunk_bytes: int = 32 * MIB  # that a receiver takes; a sender uses the smaller of its own and the partner's
     stripes: int = 1
-    window_bytes: int = 32 * MIB
+    window_bytes: int = 64 * MIB
     credit_bytes: int = 512 * MIB
     probe_bytes: int = MIB
     least_piece_bytes: int = 16384  # a chunk in smaller pieces, on average, is gathered: each costs as much as its copy
@@ -166,8 +165,8 @@ class Limits:
     def __post_init__(self) -> None:
         if not 1 <= self.stripes <= 4:
             raise ValueError(f"stripes must be 1 to 4, not {self.stripes}")
-        if not 0 < self.chunk_bytes <= self.max_chunk_bytes <= 16 * MIB:
-            raise ValueError("0 < chunk_bytes <= max_chunk_bytes <= 16 MiB does not hold")
+        if not 0 < self.chunk_bytes <= self.max_chunk_bytes <= 32 * MIB:
+            raise ValueError("0 < chunk_bytes <= max_chunk_bytes <= 32 MiB does not hold")
 
 
 @dataclass(slots=True)

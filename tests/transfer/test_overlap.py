@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,32 +11,51 @@ from hypothesis import strategies as st
 from lanewise.policy.blocks import KVLayout
 from lanewise.prefill_worker.overlap import Overlap
 from lanewise.transfer import Committed, Delivered, Limits
-from lanewise.transfer.grouping import GROUP_BYTES, GROUP_S, WHOLE_S, layers_per_group
+from lanewise.transfer.grouping import GROUP_BYTES, GROUP_S, WHOLE_S, group_ends
 
 QWEN = KVLayout(num_layers=28, num_kv_heads=4, head_dim=128, dtype="bfloat16", dtype_bytes=2)
 WIDE = KVLayout(num_layers=12, num_kv_heads=8, head_dim=256, dtype="bfloat16", dtype_bytes=2)
 
 
-def test_short_transfers_go_whole_and_long_ones_layer_by_layer():
-    assert layers_per_group(QWEN, 16, 1e9) == 28
-    assert layers_per_group(QWEN, 32, 1e9) == 28  # 1.8 MB: 1.8 ms
-    assert 1 < layers_per_group(QWEN, 128, 1e9) < 28
-    assert layers_per_group(WIDE, 512, 1e9) == 1
-    assert layers_per_group(WIDE, 512, 0.0) == 1  # a link that was not measured counts as 1 GB/s
-    assert layers_per_group(QWEN, 512, 1e11) == 28  # a fast link: 29 MB are over in 0.3 ms
+def sizes(layout: KVLayout, tokens: int, rate: float, layers_sent: float = 0.0) -> list[int]:
+    ends = group_ends(layout, tokens, rate, layers_sent)
+    return [high - low for low, high in pairwise((0, *ends))]
 
 
-@given(tokens=st.integers(1, 4096), rate=st.floats(1e6, 1e12), layers=st.integers(1, 80))
-def test_a_group_is_worth_sending_and_no_larger_than_that(tokens, rate, layers):
+def test_short_transfers_go_whole_and_long_ones_in_groups_of_layers():
+    assert sizes(QWEN, 16, 1e9) == [28]
+    assert sizes(QWEN, 32, 1e9) == [28]  # 1.8 MB: 1.8 ms
+    assert len(sizes(QWEN, 256, 1e9)) > 3
+    assert sizes(WIDE, 512, 1e9) == [1] * 12
+    assert sizes(WIDE, 512, 0.0) == [1] * 12  # a link that was not measured counts as 1 GB/s
+    assert sizes(QWEN, 512, 1e11) == [28]  # a fast link: 29 MB are over in 0.3 ms
+
+
+def test_what_can_be_sent_while_the_rest_is_computed_goes_together():
+    assert sizes(WIDE, 512, 1e9, 1.0) == [1] * 12  # as fast as it is computed: it must begin at once
+    assert sizes(WIDE, 512, 1e9, 4.0) == [5, 4, 2, 1]
+    assert sizes(WIDE, 512, 1e9, 100.0) == [7, 4, 1]  # never so much that an estimate could do much harm
+
+
+@given(
+    tokens=st.integers(1, 4096),
+    rate=st.floats(1e6, 1e12),
+    layers=st.integers(1, 80),
+    layers_sent=st.floats(0, 1e6),
+)
+def test_a_group_is_worth_sending_and_can_be_sent_while_the_next_is_computed(tokens, rate, layers, layers_sent):
     layout = KVLayout(layers, 4, 128, "bfloat16", 2)
-    group, layer = layers_per_group(layout, tokens, rate), layout.slice_bytes(tokens, 1)
+    found, layer = sizes(layout, tokens, rate, layers_sent), layout.slice_bytes(tokens, 1)
     worth = max(GROUP_BYTES, rate * GROUP_S)
-    assert 1 <= group <= layers
+    assert sum(found) == layers
     if layer * layers <= max(GROUP_BYTES, rate * WHOLE_S):
-        assert group == layers
-    elif group < layers:
-        assert group * layer >= worth - 1
-        assert (group - 1) * layer < worth
+        assert found == [layers]
+    elif len(found) > 1:
+        assert all(size * layer >= worth - layer for size in found)
+        assert (found[-1] - 1) * layer < worth, "nothing is computed any more while the last one is sent"
+        if layers_sent > 2:
+            for size, after in pairwise(found[1:]):
+                assert size <= after * layers_sent
 
 
 class Recorder:
@@ -45,13 +66,16 @@ class Recorder:
         self.said.append((key, tokens, layers))
 
 
-@given(parts=st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 2000)), min_size=1, max_size=6))
-def test_every_layer_of_every_sequence_is_announced_once_and_in_order(parts):
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 2000)), min_size=1, max_size=6),
+    seconds=st.floats(0, 10),
+)
+def test_every_layer_of_every_sequence_is_announced_once_and_in_order(parts, seconds):
     sender = Recorder()
     overlap = Overlap(QWEN, sender, lambda key: 1e9)
     chunks = [((f"r{index}", 1), before, new) for index, (before, new) in enumerate(parts)]
-    in_groups = overlap.begin(chunks)
-    assert in_groups == any(layers_per_group(QWEN, new, 1e9) < QWEN.num_layers for _, _, new in chunks)
+    in_groups = overlap.begin(chunks, seconds)
+    assert in_groups == any(len(group_ends(QWEN, new, 1e9, 0.0)) > 1 for _, _, new in chunks)
     for end in range(1, QWEN.num_layers + 1):
         if in_groups:
             overlap.computed(end)
