@@ -21,6 +21,8 @@ from lanewise.transfer.protocol import Write
 _BYTES_PER_TURN = 4 << 20  # of one connection; then ACKs go out, and commands and timers have their turn
 _STEP_BYTES = 512 << 10
 """Bytes of one system call: so few are still in the core's cache when they are checksummed."""
+_FETCH_BYTES = 1 << 20
+"""Likewise, of another process's memory: a call there costs more."""
 _WAKE_BYTES = 256 << 10
 """The kernel says that there is something to read only when it is worth it, or all that is to come."""
 
@@ -114,7 +116,7 @@ class Sink:
         """All at once. What is checksummed is what lies here now: the sender's memory may be another's by then."""
         got, self.left = self.left, 0
         try:
-            for step in _in_steps([self.staged] if self.staged is not None else self._parts):
+            for step in _in_steps([self.staged] if self.staged is not None else self._parts, got):
                 fetch(step)
                 for part in step if self.staged is None else ():  # what is staged is checked when it is written
                     self._state.update(part)
@@ -133,15 +135,18 @@ class Sink:
         self.write = self.staged = None
 
 
-def _in_steps(parts: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    """The parts in turn, cut so that a step is _STEP_BYTES, or less at the end."""
+def _in_steps(parts: Sequence[memoryview], num_bytes: int) -> Iterator[Sequence[memoryview]]:
+    """The parts in turn, cut so that a step is _FETCH_BYTES, or less at the end."""
+    if num_bytes <= _FETCH_BYTES:
+        yield parts
+        return
     step: list[memoryview] = []
-    room = _STEP_BYTES
+    room = _FETCH_BYTES
     for part in parts:
         left = part
         while len(left) >= room:
             yield [*step, left[:room]]
-            left, step, room = left[room:], [], _STEP_BYTES
+            left, step, room = left[room:], [], _FETCH_BYTES
         if len(left):
             step.append(left)
             room -= len(left)

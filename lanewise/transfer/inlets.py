@@ -167,7 +167,7 @@ class Inlets:
         if num_bytes or inlet.neighbour is None:
             raise NotRuns("references with a payload, or to memory that cannot be read")
         areas, total = unpack(runs, self.max_chunk_bytes)
-        return total, Reading(inlet.neighbour, areas).fill
+        return total, Reading(inlet.neighbour, areas, total).fill
 
     def _staging(self, inlet: Inlet, num_bytes: int) -> memoryview:
         if len(inlet.staging) < num_bytes:

@@ -125,21 +125,27 @@ class Neighbour:
 class Reading:
     """Areas of a neighbour's memory, read from the first to the last in as many steps as the reader likes."""
 
-    def __init__(self, neighbour: Neighbour, areas: Areas) -> None:
+    def __init__(self, neighbour: Neighbour, areas: Areas, total: int) -> None:
+        """`total`: bytes of all areas."""
         self._neighbour = neighbour
         self._areas = areas
-        self._ends = np.cumsum(areas[:, 1])
+        self._total = total
         self._at = 0
 
     def fill(self, into: Sequence[memoryview]) -> None:
         """Fills these parts with what comes next; OSError where it cannot be read."""
         start, stop = self._at, self._at + sum(map(len, into))
-        first, last = np.searchsorted(self._ends, [start, stop - 1], "right")
-        if last >= len(self._areas):
-            raise OSError(errno.EFAULT, f"{stop} bytes of {self._ends[-1]} that were referred to")
+        if start == 0 and stop == self._total:
+            self._neighbour.read(self._areas, into)
+            self._at = stop
+            return
+        if stop > self._total:
+            raise OSError(errno.EFAULT, f"{stop} bytes of {self._total} that were referred to")
+        ends = np.cumsum(self._areas[:, 1])
+        first, last = np.searchsorted(ends, [start, stop - 1], "right")
         areas = self._areas[first : last + 1].copy()
-        areas[-1, 1] -= self._ends[last] - np.uint64(stop)
-        skipped = np.uint64(start) - (self._ends[first] - self._areas[first, 1])
+        areas[-1, 1] -= ends[last] - np.uint64(stop)
+        skipped = np.uint64(start) - (ends[first] - self._areas[first, 1])
         areas[0, 0] += skipped
         areas[0, 1] -= skipped
         self._neighbour.read(areas, into)

@@ -281,7 +281,7 @@ def test_references_name_what_was_packed(lengths):
 def test_references_can_be_read_in_any_steps(lengths, steps):
     parts = [memoryview(bytearray(os.urandom(length))) for length in lengths]
     areas, total = unpack(pack(parts), 1 << 20)
-    reading, into, at = Reading(Neighbour(os.getpid()), areas), memoryview(bytearray(total)), 0
+    reading, into, at = Reading(Neighbour(os.getpid()), areas, total), memoryview(bytearray(total)), 0
     for step in itertools.cycle(steps):
         half = into[at : at + step // 2], into[at + step // 2 : at + step]
         reading.fill([part for part in half if len(part)])
