@@ -110,7 +110,7 @@ class Roster:
         self._fleet_changed()
 
     def changed(self, session: Session) -> None:
-        if not session.stats.cost_batches:
+        if not session.stats.cost_batches and _identity(session).role is Role.PREFILL:
             self._lend_cost(session)
         worker_cost(session.view())  # both are kept: made now, they do not cost the next request its time
         self._fleet_changed()
@@ -118,8 +118,9 @@ class Roster:
             self._listener.hand_over(session)
 
     def _lend_cost(self, session: Session) -> None:
-        """A worker that has measured nothing yet is placed by what the same device does in others: by the guess it
-        starts with it could draw every request, or none."""
+        """A prefill worker that has measured nothing yet is placed by what the same device does in others: by the guess
+        it starts with it could draw every request, or none. A decode worker is told apart by the step that it measures
+        within its first requests, and has to get these."""
         mine = _identity(session)
         alike = [
             (worker_cost(other.view()), other.stats.cost_batches)

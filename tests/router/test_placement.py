@@ -33,7 +33,7 @@ async def test_a_running_request_is_counted_once() -> None:
         assert session.view().inflight_requests == 0
 
 
-async def test_a_worker_that_has_measured_nothing_is_placed_by_what_its_siblings_measured() -> None:
+async def test_a_prefill_worker_that_has_measured_nothing_is_placed_by_what_its_siblings_measured() -> None:
     """By its own guess it would draw every request until it knew better."""
     async with rig("ppd") as made:
         known, fresh = (worker for worker in made.workers if worker.role == "prefill")

@@ -5,6 +5,7 @@ Owns: one kind of question. Must not: cache.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 import struct
@@ -14,8 +15,19 @@ _INTERNET = 1
 _POINTER = 0xC0
 
 
-def resolve(name: str, server: str, deadline_s: float = 2.0) -> list[str]:
-    """IPv4 addresses of a complete name, asked from `server`; empty when it has none. Raises OSError."""
+def resolve(name: str, server: str, deadline_s: float = 2.0, attempts: int = 4) -> list[str]:
+    """IPv4 addresses of a complete name, asked from `server`; empty when it has none. Raises OSError.
+
+    A datagram may be lost, so a question without an answer is asked again, as a pod's resolver does (resolv.conf(5),
+    `attempts`).
+    """
+    for _ in range(attempts - 1):
+        with contextlib.suppress(TimeoutError):
+            return _ask(name, server, deadline_s)
+    return _ask(name, server, deadline_s)
+
+
+def _ask(name: str, server: str, deadline_s: float) -> list[str]:
     ident = secrets.token_bytes(2)
     labels = b"".join(bytes([len(part)]) + part.encode() for part in name.rstrip(".").split("."))
     question = labels + b"\0" + struct.pack("!HH", _A_RECORD, _INTERNET)
