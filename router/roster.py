@@ -119,8 +119,7 @@ class Roster:
 
     def _lend_cost(self, session: Session) -> None:
         """A prefill worker that has measured nothing yet is placed by what the same device does in others: by the guess
-        it starts with it could draw every request, or none. A decode worker is told apart by the step that it measures
-        within its first requests, and has to get these."""
+        it starts with it could draw every request, or none. Decode workers are compared by one model anyway."""
         mine = _identity(session)
         alike = [
             (worker_cost(other.view()), other.stats.cost_batches)

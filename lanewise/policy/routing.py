@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Literal
 
 from lanewise.fleet import FleetSnapshot, Lane, Link, LinkState, Pair, WorkerView
@@ -53,8 +54,8 @@ def choose_pair(
     if policy not in ROUTE_NAMES:
         raise ValueError(f"unknown routing policy {policy!r}; known: {', '.join(ROUTE_NAMES)}")
     able = [view for view in fleet.decode if _eligible(view, request)]
-    steps = _measured_steps(request, fleet.decode)
-    decodes = [(_decode_penalty(request, view, steps), view) for view in able]
+    costs = _device_costs(request, fleet.decode)
+    decodes = [(_decode_penalty(request, view, costs[view.identity.device]), view) for view in able]
     if not decodes:
         return None
     decodes.sort(key=lambda item: item[0])
@@ -114,35 +115,42 @@ def _uncached(request: RouteRequest, view: WorkerView) -> int:
     return max(request.prompt_tokens - request.cached_tokens.get(view.identity.incarnation, 0), 1)
 
 
-def _decode_penalty(request: RouteRequest, view: WorkerView, steps: Mapping[str, float]) -> float:
+def _decode_penalty(request: RouteRequest, view: WorkerView, cost: CostModel) -> float:
     """Seconds of TTFT that one more sequence here is worth: steps beyond the TPOT target, and a pool near its end.
 
-    Below the target the slope is small but not zero, so that load spreads before it hurts.
+    Below the target the slope is small but not zero, so that load spreads before it hurts. `cost`: of its device. A
+    worker that is slower than its like shows it in the steps that it measures while it decodes.
     """
-    stats, cost = view.stats, worker_cost(view)
+    stats = view.stats
     running = stats.running_requests + view.inflight_requests + 1
     context = stats.running_context_tokens + view.inflight_tokens + request.prompt_tokens
     step = cost.decode(running, context)
     if stats.running_requests:
         step = max(step, stats.decode_step_s)
-    elif running == 1:
-        step = min(step, steps.get(view.identity.device, step))
     late = max(step - request.tpot_target_s, 0.0) * request.max_tokens
     capacity = max(stats.kv_capacity_tokens or view.identity.kv_capacity_tokens, 1)
     full = max((stats.kv_used_tokens + view.inflight_tokens + request.prompt_tokens) / capacity - 0.9, 0.0)
     return 0.1 * step + late + full * 10 * request.ttft_target_s
 
 
-def _measured_steps(request: RouteRequest, fleet: Sequence[WorkerView]) -> dict[str, float]:
-    """By device: the step of one sequence as workers that decode now measure it, for those that decode nothing. Their
-    own cost is a profile, or was fitted when they started beside others, and nothing would ever correct it, since they
-    would be given nothing."""
-    found: dict[str, float] = {}
-    for peer in fleet:
-        if peer.stats.running_requests and peer.stats.decode_step_s > 0:
-            step = worker_cost(peer).decode(1, request.prompt_tokens)
-            found[peer.identity.device] = min(step, found.get(peer.identity.device, step))
-    return found
+def _device_costs(request: RouteRequest, fleet: Sequence[WorkerView]) -> dict[str, CostModel]:
+    """By device: the model that its decode workers are compared by. The middle of those that were fitted; the fastest
+    where none was.
+
+    One for all, since one sequence more takes less time than the fits of two equal workers differ by: by its own each
+    crowd of requests would go to the same worker, and an idle one with a bad fit would get none to correct it by.
+    """
+    found: dict[str, list[tuple[float, int, CostModel]]] = {}
+    for view in fleet:
+        cost = worker_cost(view)
+        step = cost.decode(1, request.prompt_tokens)
+        found.setdefault(view.identity.device, []).append((step, view.stats.cost_batches, cost))
+    chosen: dict[str, CostModel] = {}
+    for device, costs in found.items():
+        costs.sort(key=itemgetter(0))
+        fitted = [cost for _, batches, cost in costs if batches]
+        chosen[device] = fitted[len(fitted) // 2] if fitted else costs[0][2]
+    return chosen
 
 
 def _transfer(request: RouteRequest, link: Link, decode: WorkerView, own_s: float) -> float:

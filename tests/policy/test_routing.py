@@ -178,6 +178,25 @@ def test_an_idle_decode_worker_is_taken_for_as_fast_as_its_like() -> None:
     assert pair.decode == "busy", "another device is another matter"
 
 
+@pytest.mark.parametrize("batches", [(50, 0, 0), (50, 50, 50), (0, 0, 0)])
+def test_a_crowd_that_comes_at_once_spreads_over_decode_workers_of_one_device(batches: tuple[int, ...]) -> None:
+    """However their cost models differ: nothing runs anywhere when it comes, so nothing measured tells them apart."""
+    ask = replace(ASK, tpot_target_s=0.05, max_tokens=400)
+    slower = {name: value * 1.3 if name.endswith("_s") else value for name, value in COST.items()}
+    costs = (COST, slower, SLOW_COST)
+    views = [d(f"d{i}", cost, cost_batches=count) for i, (cost, count) in enumerate(zip(costs, batches, strict=True))]
+    for _ in range(15):
+        pair = choose_pair(ask, fleet(p("p0"), decode=tuple(views)), 0.0, 0)
+        assert pair is not None
+        index = int(pair.decode[1:])
+        views[index] = replace(
+            views[index],
+            inflight_requests=views[index].inflight_requests + 1,
+            inflight_tokens=views[index].inflight_tokens + ask.prompt_tokens,
+        )
+    assert [view.inflight_requests for view in views] == [5, 5, 5]
+
+
 def test_what_an_idle_decode_worker_measured_long_ago_does_not_count_as_its_load() -> None:
     busy = d("busy", running_requests=8, running_context_tokens=8000, decode_step_s=0.02)
     idle = d("idle", decode_step_s=3.0)
