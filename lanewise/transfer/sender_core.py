@@ -30,9 +30,12 @@ class SenderCore:
         limits: Limits,
         counters: Counters,
         mac_key: Callable[[], bytes] = bytes,
+        head_shards: int = 1,
     ) -> None:
-        """`mac_key` draws the key of each transfer; empty keys where its chunks need no MAC."""
+        """`mac_key` draws the key of each transfer; empty keys where its chunks need no MAC. `head_shards`: as of the
+        pool."""
         self._mac_key = mac_key
+        self._head_shards = head_shards
         self._identity = identity
         self._timers = timers
         self._shortest_s = timers.shortest_s
@@ -62,9 +65,15 @@ class SenderCore:
         if key in self._transfers:
             return []  # the same attempt twice: the first one stands
         link = self._link(peer)
-        layout = self._identity.layout
         transfer = SenderTransfer(
-            key, peer, binding, pages, source=self._identity.incarnation, layout=layout, timers=self._timers
+            key,
+            peer,
+            binding,
+            pages,
+            source=self._identity.incarnation,
+            layout=self._identity.layout,
+            timers=self._timers,
+            head_shards=self._head_shards,
         )
         transfer.mac_key = self._mac_key()
         self._transfers[key] = transfer

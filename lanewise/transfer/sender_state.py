@@ -21,7 +21,16 @@ _ENTERED = {state: Entered(f"send.{state}") for state in SenderState}
 
 class SenderTransfer:
     def __init__(
-        self, key: Key, peer: Peer, binding: Binding, pages: Pages, *, source: str, layout: KVLayout, timers: Timers
+        self,
+        key: Key,
+        peer: Peer,
+        binding: Binding,
+        pages: Pages,
+        *,
+        source: str,
+        layout: KVLayout,
+        timers: Timers,
+        head_shards: int,
     ) -> None:
         self.key = key
         self.peer = peer
@@ -29,7 +38,7 @@ class SenderTransfer:
         self.state = SenderState.QUEUED
         self.have_tokens = 0
         self.mac_key = b""
-        self.window = SendWindow(layout, binding.tokens)
+        self.window = SendWindow(layout, binding.tokens, head_shards)
         self._binding = binding
         self._source = source
         self._layout = layout
@@ -83,9 +92,9 @@ class SenderTransfer:
         return None if taken is None else Job(self.key, self.pages, *taken)
 
     def chunk(self, job: Job, crc: bytes) -> m.Chunk:
-        piece, heads = job.slice, self._layout.num_kv_heads
-        where = (piece.layer_lo, piece.layer_hi, piece.token_lo, piece.token_hi)
-        return m.Chunk(*self._names, job.seq, *where, 0, heads, crc)
+        piece = job.slice
+        where = (piece.layer_lo, piece.layer_hi, piece.token_lo, piece.token_hi, piece.head_lo, piece.head_hi)
+        return m.Chunk(*self._names, job.seq, *where, crc)
 
     def sent(self, job: Job, crc: bytes, delivered: bool, now: float) -> list[Action]:
         if not self.window.unacked:
