@@ -65,16 +65,8 @@ class SenderCore:
         if key in self._transfers:
             return []  # the same attempt twice: the first one stands
         link = self._link(peer)
-        transfer = SenderTransfer(
-            key,
-            peer,
-            binding,
-            pages,
-            source=self._identity.incarnation,
-            layout=self._identity.layout,
-            timers=self._timers,
-            head_shards=self._head_shards,
-        )
+        mine, shards = self._identity, self._head_shards
+        transfer = SenderTransfer(key, peer, binding, pages, identity=mine, timers=self._timers, head_shards=shards)
         transfer.mac_key = self._mac_key()
         self._transfers[key] = transfer
         self._by_address.setdefault(peer.kv_address, {})[key] = transfer
@@ -136,7 +128,8 @@ class SenderCore:
     def _most(self, transfer: SenderTransfer, refer: bool) -> int:
         """Bytes of its next chunk."""
         link = self._links[transfer.peer.kv_address, transfer.peer.incarnation]
-        return link.referred_bytes if refer else link.chunk_bytes
+        whole = self._head_shards == 1  # of several processes' heads most are gathered after all
+        return link.referred_bytes if refer and whole else link.chunk_bytes
 
     def unacked_bytes(self, address: str) -> int:
         """Of all transfers to this address: handed to the network and not known to be in place."""

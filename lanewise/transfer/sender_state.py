@@ -6,11 +6,23 @@ Must not: read pages, touch sockets, or know other transfers.
 
 from __future__ import annotations
 
-from lanewise.policy.blocks import UNIT_TOKENS, KVLayout
+from lanewise.policy.blocks import UNIT_TOKENS
 from lanewise.request import Token
 from lanewise.transfer import messages as m
 from lanewise.transfer.protocol import SENDER_NEXT, Action, Emit, Entered, Send, SenderInput, SenderState
-from lanewise.transfer.records import Aborted, Binding, Busy, Delivered, Granted, Key, Pages, Peer, Sent, Timers
+from lanewise.transfer.records import (
+    Aborted,
+    Binding,
+    Busy,
+    Delivered,
+    Endpoint,
+    Granted,
+    Key,
+    Pages,
+    Peer,
+    Sent,
+    Timers,
+)
 from lanewise.transfer.send_window import BrokenTransfer, Job, SendWindow
 
 MAX_BEGINS = 4
@@ -27,8 +39,7 @@ class SenderTransfer:
         binding: Binding,
         pages: Pages,
         *,
-        source: str,
-        layout: KVLayout,
+        identity: Endpoint,
         timers: Timers,
         head_shards: int,
     ) -> None:
@@ -38,10 +49,10 @@ class SenderTransfer:
         self.state = SenderState.QUEUED
         self.have_tokens = 0
         self.mac_key = b""
-        self.window = SendWindow(layout, binding.tokens, head_shards)
+        self.window = SendWindow(identity.layout, binding.tokens, head_shards)
         self._binding = binding
-        self._source = source
-        self._layout = layout
+        self._source = identity.incarnation
+        self._layout = identity.layout
         self._timers = timers
         self._token: Token | None = None
         self._begins = 0
