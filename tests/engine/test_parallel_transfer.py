@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from lanewise.request import Sampling, Token
 from lanewise.transfer import Committed, Delivered, Endpoint, Limits, Offered, Peer, Receiver, Sender
 from lanewise.transfer import messages as m
 from lanewise.transfer.chunks import Slice, covers
+from lanewise.transfer.encoding import Encoding, wire_layout
 from lanewise.transfer.receiver_core import ReceiverCore
 from tests.transfer.conftest import Log, eventually
 
@@ -29,11 +31,11 @@ LIMITS = Limits(chunk_bytes=16_384, least_piece_bytes=1)
 class Channel:
     """A sender of one pool and a receiver into another, and every chunk that came."""
 
-    def __init__(self, source: Engine, target: Engine, direct: bool, chunks: list[m.Chunk]) -> None:
+    def __init__(self, source: Engine, target: Engine, direct: bool, encoding: str, chunks: list[m.Chunk]) -> None:
         self.chunks = chunks
         self.sent, self.received = Log(), Log()
         here, there = (
-            Endpoint(name, engine.fingerprint, engine.fingerprint_fields, engine.pool.layout)
+            Endpoint(name, engine.fingerprint, engine.fingerprint_fields, wire_layout(engine.pool.layout, encoding))
             for name, engine in (("prefill", source), ("decode", target))
         )
         self.receiver = Receiver(there, target.pool, self.received, limits=LIMITS, direct=direct)
@@ -53,7 +55,9 @@ class Channel:
 
 
 @contextmanager
-def channel(source: Engine, target: Engine, direct: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Channel]:
+def channel(
+    source: Engine, target: Engine, direct: bool, monkeypatch: pytest.MonkeyPatch, encoding: str = "Native"
+) -> Iterator[Channel]:
     chunks: list[m.Chunk] = []
     real = ReceiverCore.receive
 
@@ -64,15 +68,15 @@ def channel(source: Engine, target: Engine, direct: bool, monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patch:
         patch.setattr(ReceiverCore, "receive", receive)
-        open_channel = Channel(source, target, direct, chunks)
+        open_channel = Channel(source, target, direct, encoding, chunks)
         try:
             yield open_channel
         finally:
             open_channel.close()
 
 
-def carried(source: Engine, target: Engine, over: Channel, driver: Any) -> Sequence:
-    """A sequence in `target` whose prompt `source` computed, sent layer by layer while it was."""
+def carried(source: Engine, target: Engine, over: Channel, driver: Any) -> tuple[Sequence, bytes]:
+    """A sequence in `target` whose prompt `source` computed, sent layer by layer while it was; and the KV there."""
     (first,), (second,) = driver().open([PROMPT], GREEDY), driver().open([PROMPT], GREEDY)
     if source is target:
         second.key = ("other", 1)
@@ -90,10 +94,16 @@ def carried(source: Engine, target: Engine, over: Channel, driver: Any) -> Seque
     over.sender.commit(key, Token(*key, 0, sampled.token_id))
     assert over.received.wait(Committed, key).received_tokens == len(PROMPT)
     over.sent.wait(Delivered, key)
+    kv = source.pool.read(first.pages, *everything(source)).tobytes()
     source.pool.release(first)
     second.ids.append(sampled.token_id)
     second.num_computed = len(PROMPT)
-    return second
+    return second, kv
+
+
+def everything(engine: Engine) -> tuple[range, range, range]:
+    """The prompt, all layers, all heads."""
+    return range(len(PROMPT)), range(engine.pool.layout.num_layers), range(engine.pool.layout.num_kv_heads)
 
 
 class Between:
@@ -129,7 +139,8 @@ def test_ranks_send_their_own_heads_once_and_the_text_is_that_of_one(build_model
             for direct in (True, False):
                 between.got = between.given = 0
                 with channel(source, target, direct, monkeypatch) as over:
-                    second = carried(source, target, over, driver)
+                    second, kv = carried(source, target, over, driver)
+                assert target.pool.read(second.pages, *everything(target)).tobytes() == kv
                 seen = [chunk.slice for chunk in over.chunks]
                 assert len(seen) > 4
                 assert covers(seen, range(len(PROMPT)), layout)
@@ -138,6 +149,21 @@ def test_ranks_send_their_own_heads_once_and_the_text_is_that_of_one(build_model
                 assert between.got == (kv_bytes // 2 if source is ranked else 0)
                 assert between.given == (kv_bytes // 2 if target is ranked else 0)
                 assert driver().run(target, [second]) == [expected]
+    finally:
+        ranked.close()
+
+
+def test_heads_of_two_ranks_are_encoded_as_those_of_one(build_model, load, driver, monkeypatch):
+    ranked = load(build_model("qwen3")[0], tensor_parallel=2, threads=2)
+    try:
+        with channel(ranked, ranked, True, monkeypatch, "Int8") as over:
+            second, kv = carried(ranked, ranked, over, driver)
+        encoding, layers = Encoding(wire_layout(ranked.pool.layout, "Int8")), ranked.pool.layout.num_layers
+        wire = np.empty(encoding.layout.wire_bytes(len(PROMPT), layers), np.uint8)
+        encoding.encode(np.frombuffer(kv, np.uint8), len(PROMPT), layers, wire)
+        expected = encoding.decode(wire.data, len(PROMPT), layers)
+        assert np.array_equal(ranked.pool.read(second.pages, *everything(ranked)), expected)
+        assert expected.tobytes() != kv
     finally:
         ranked.close()
 
