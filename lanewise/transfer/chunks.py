@@ -53,16 +53,14 @@ class Slice(msgspec.Struct, frozen=True):
         return not (apart or self.head_hi <= other.head_lo or other.head_hi <= self.head_lo)
 
     def nbytes(self, layout: KVLayout) -> int:
-        """As a pool holds it; what credit and the size of chunks are counted in."""
-        return self._share(layout, layout.slice_bytes(self.token_hi - self.token_lo, self.layer_hi - self.layer_lo))
+        """As a pool holds it; what credit and the size of chunks are counted in. Every head takes as much."""
+        whole = layout.slice_bytes(self.token_hi - self.token_lo, self.layer_hi - self.layer_lo)
+        return whole * (self.head_hi - self.head_lo) // layout.num_kv_heads
 
     def wire_bytes(self, layout: KVLayout) -> int:
-        """Of the payload, which starts at a unit of the wire form."""
-        return self._share(layout, layout.wire_bytes(self.token_hi - self.token_lo, self.layer_hi - self.layer_lo))
-
-    def _share(self, layout: KVLayout, num_bytes: int) -> int:
-        """Its heads' part of what all heads take: each takes as much, in every encoding."""
-        return num_bytes * (self.head_hi - self.head_lo) // layout.num_kv_heads
+        """Of the payload, which starts at a unit of the wire form. Every head takes as much, in every encoding."""
+        whole = layout.wire_bytes(self.token_hi - self.token_lo, self.layer_hi - self.layer_lo)
+        return whole * (self.head_hi - self.head_lo) // layout.num_kv_heads
 
 
 @dataclass(slots=True)
