@@ -125,11 +125,12 @@ def transferred(engine: Engine, passage: list[int], name: str) -> Sequence:
     seq.num_computed = have
     encoding = Encoding.of(wire_layout(engine.pool.layout, name))
     if encoding is not None:
-        layers = engine.pool.layout.num_layers
-        raw = engine.pool.read(list(seq.pages), range(have), range(layers))
+        layers, pages = engine.pool.layout.num_layers, list(seq.pages)
+        where = range(have), range(layers), range(engine.pool.layout.num_kv_heads)
+        raw = engine.pool.read(pages, *where)
         wire = np.empty(encoding.layout.wire_bytes(have, layers), np.uint8)
         encoding.encode(raw.reshape(-1), have, layers, wire)
-        engine.pool.write(list(seq.pages), range(have), range(layers), encoding.decode(wire.data, have, layers))
+        engine.pool.write(pages, *where, encoding.decode(wire.data, have, layers))
     return seq
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -22,6 +22,11 @@ from pydantic_settings import (
 from lanewise.errors import ConfigError
 
 MIB = 1024 * 1024
+
+
+def _number(value: object) -> object:
+    """A flag or variable is text, and a Literal of numbers knows no text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class _ProcessConfig(BaseSettings):
@@ -87,7 +92,9 @@ class WorkerConfig(_ProcessConfig):
         0, ge=0, description="KV pool size; 0: from device or cgroup memory (docs/design.md §3)"
     )
     sharing: int = Field(1, ge=1, description="workers that share this machine's memory, for the automatic pool size")
-    page_tokens: Literal[8, 16, 32, 64] = Field(16, description="tokens per KV page; divides 64")
+    page_tokens: Annotated[Literal[8, 16, 32, 64], BeforeValidator(_number)] = Field(
+        16, description="tokens per KV page; divides 64"
+    )
     batch_policy: str = Field("lanewise", description="batching policy by name, see policy/batching.py")
     max_batch_tokens: int = Field(
         2048, ge=16, description="most new tokens in one batch; policies plan shorter ones by cost and target"

@@ -37,7 +37,7 @@ def main(batch_fd: int, copy_fd: int) -> None:
     try:
         setup = msgspec.msgpack.decode(receive(batches), type=Setup)
         decoder, pool = _prepare(batches, setup)
-        threading.Thread(target=_serve_copies, args=(copies, pool), name="copies", daemon=True).start()
+        threading.Thread(target=_copies, args=(copies, pool), name="copies", daemon=True).start()
         while True:
             batch = msgspec.msgpack.decode(receive(batches), type=Batch)
             with torch.inference_mode():
@@ -66,15 +66,20 @@ def _prepare(batches: socket.socket, setup: Setup) -> tuple[ParallelDecoder, KVP
     return decoder, pool
 
 
-def _serve_copies(sock: socket.socket, pool: KVPool) -> None:
+def serve_copies(sock: socket.socket, pool: KVPool) -> None:
+    """Reads and writes what rank 0 asks for. Raises Lost when it has gone."""
+    while True:
+        asked = msgspec.msgpack.decode(receive(sock), type=Copy)
+        if asked.write:
+            pool.write(*asked.ranges(), receive(sock))
+            send(sock, b"written")
+        else:
+            send(sock, pool.read(*asked.ranges()).data)
+
+
+def _copies(sock: socket.socket, pool: KVPool) -> None:
     try:
-        while True:
-            asked = msgspec.msgpack.decode(receive(sock), type=Copy)
-            if asked.write:
-                pool.write(*asked.ranges(), receive(sock))
-                send(sock, b"written")
-            else:
-                send(sock, pool.read(*asked.ranges()).data)
+        serve_copies(sock, pool)
     except Lost:
         os._exit(0)
 

@@ -29,6 +29,8 @@ Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 class KVPool(PageTable):
     """`layers[i]` is [2 (K, V), num_pages, page_tokens, kv_heads, head_dim]."""
 
+    head_shards = 1  # all of it is in this process
+
     def __init__(self, layout: KVLayout, num_pages: int, page_tokens: int, device: torch.device) -> None:
         super().__init__(num_pages, page_tokens)
         self.layout = layout
@@ -37,7 +39,8 @@ class KVPool(PageTable):
         dtype: torch.dtype = getattr(torch, layout.dtype)
         memory = _zeros((layout.num_layers, *shape), dtype, device)
         self.layers = list(memory.unbind(0))
-        self._row_bytes = layout.num_kv_heads * layout.head_dim * layout.dtype_bytes
+        self._heads = range(layout.num_kv_heads)
+        self._head_bytes = layout.head_dim * layout.dtype_bytes
         self._raw = memory.view(layout.num_layers, 2, num_pages * page_tokens, -1).view(torch.uint8)
         self._rows: Bytes | None = self._raw.numpy() if device.type == "cpu" else None
         self._flat = self._rows.reshape(-1).data if self._rows is not None else None
@@ -48,45 +51,59 @@ class KVPool(PageTable):
             return None
         return populate.in_background([half for layer in self.layers for half in layer])
 
-    def read(self, pages: Seq[int], tokens: range, layers: range, out: Bytes | None = None) -> Bytes:
+    def read(self, pages: Seq[int], tokens: range, layers: range, heads: range, out: Bytes | None = None) -> Bytes:
         """Bytes [layer][K|V][token][head][dim] of these tokens of the sequence that `pages` belong to.
 
         Copied into `out`: uint8, contiguous, of exactly that size (ValueError); by default a new array."""
+        within = self._within(heads)
+        shape = (len(layers), 2, len(tokens), within.stop - within.start)
         if out is None:
-            out = np.empty(self.layout.slice_bytes(len(tokens), len(layers)), dtype=np.uint8)
-        block = out.reshape(len(layers), 2, len(tokens), self._row_bytes)
+            out = np.empty(math.prod(shape), dtype=np.uint8)
+        block = out.reshape(shape)
         runs = self._runs(pages, tokens)
         if self._rows is not None:
+            rows = self._rows[layers.start : layers.stop, :, :, within]
             for slot, offset, count in runs:
-                block[:, :, offset : offset + count] = self._rows[layers.start : layers.stop, :, slot : slot + count]
+                block[:, :, offset : offset + count] = rows[:, :, slot : slot + count]
             return out
         for index, layer in enumerate(layers):
-            block[index] = self._raw[layer].index_select(1, self._slots(runs)).cpu().numpy()
+            block[index] = self._raw[layer][:, :, within].index_select(1, self._slots(runs)).cpu().numpy()
         return out
 
-    def write(self, pages: Seq[int], tokens: range, layers: range, data: memoryview | bytes | Bytes) -> None:
+    def write(
+        self, pages: Seq[int], tokens: range, layers: range, heads: range, data: memoryview | bytes | Bytes
+    ) -> None:
         """The inverse of `read`."""
-        source = np.frombuffer(data, dtype=np.uint8).reshape(len(layers), 2, len(tokens), self._row_bytes)
+        within = self._within(heads)
+        source = np.frombuffer(data, dtype=np.uint8).reshape(len(layers), 2, len(tokens), within.stop - within.start)
         runs = self._runs(pages, tokens)
         if self._rows is not None:
+            rows = self._rows[layers.start : layers.stop, :, :, within]
             for slot, offset, count in runs:
-                self._rows[layers.start : layers.stop, :, slot : slot + count] = source[:, :, offset : offset + count]
+                rows[:, :, slot : slot + count] = source[:, :, offset : offset + count]
             return
         for index, layer in enumerate(layers):
             part = torch.from_numpy(source[index].copy()).to(self.device)
-            self._raw[layer].index_copy_(1, self._slots(runs), part)
+            self._raw[layer][:, :, within].index_copy_(1, self._slots(runs), part)
 
-    def views(self, pages: Seq[int], tokens: range, layers: range) -> list[memoryview] | None:
+    def views(self, pages: Seq[int], tokens: range, layers: range, heads: range) -> list[memoryview] | None:
         """What `read` copies, in the same order, but where it lies: to be read or filled in place.
 
-        None where it lies in no memory of this process."""
-        if self._flat is None:
+        None where it lies in no memory of this process, and of a part of the heads: a piece for each token of each
+        layer would cost more than a copy."""
+        if self._flat is None or heads != self._heads:
             return None
-        flat, row = self._flat, self._row_bytes
+        flat, row = self._flat, len(self._heads) * self._head_bytes
         plane = self.num_pages * self.page_tokens * row  # K or V of one layer
         runs = [(slot * row, (slot + count) * row) for slot, _, count in self._runs(pages, tokens)]
         planes = range(2 * layers.start * plane, 2 * layers.stop * plane, plane)
         return [flat[at + start : at + stop] for at in planes for start, stop in runs]
+
+    def _within(self, heads: range) -> slice:
+        """The bytes of these heads in the row of a token."""
+        if heads.step != 1 or not 0 <= heads.start < heads.stop <= self._heads.stop:
+            raise ValueError(f"{heads} does not lie in {len(self._heads)} heads")
+        return slice(heads.start * self._head_bytes, heads.stop * self._head_bytes)
 
     def _slots(self, runs: list[tuple[int, int, int]]) -> torch.Tensor:
         return torch.cat([torch.arange(slot, slot + count) for slot, _, count in runs]).to(self.device)

@@ -48,15 +48,16 @@ class Batch(msgspec.Struct, array_like=True):
 
 
 class Copy(msgspec.Struct, array_like=True):
-    """KV of some tokens of some layers: asked for, or (`write`) in the message that follows."""
+    """KV of some tokens of some layers of some heads: asked for, or (`write`) in the message that follows."""
 
     write: bool
     pages: bytes
     tokens: tuple[int, int]
     layers: tuple[int, int]
+    heads: tuple[int, int]  # as the rank that is asked counts its own
 
-    def ranges(self) -> tuple[Sequence[int], range, range]:
-        return _ints(self.pages), range(*self.tokens), range(*self.layers)
+    def ranges(self) -> tuple[Sequence[int], range, range, range]:
+        return _ints(self.pages), range(*self.tokens), range(*self.layers), range(*self.heads)
 
 
 def _ints(data: bytes) -> array[int]:
@@ -74,13 +75,25 @@ def send(sock: socket.socket, data: bytes | memoryview) -> None:
 
 def receive(sock: socket.socket) -> memoryview:
     """The next message, within the socket's timeout. Raises Lost at the end of the stream."""
-    size = int.from_bytes(_exactly(sock, LENGTH_BYTES), "little")
-    return _exactly(sock, size)
+    data = memoryview(bytearray(_length(sock)))
+    _fill(sock, data)
+    return data
 
 
-def _exactly(sock: socket.socket, count: int) -> memoryview:
-    data = memoryview(bytearray(count))
-    view = data
+def receive_into(sock: socket.socket, view: memoryview) -> None:
+    """The next message, which fills `view`; ValueError where it has another length: the stream is then of no use."""
+    if (size := _length(sock)) != len(view):
+        raise ValueError(f"a rank answers with {size} bytes, not {len(view)}")
+    _fill(sock, view)
+
+
+def _length(sock: socket.socket) -> int:
+    data = bytearray(LENGTH_BYTES)
+    _fill(sock, memoryview(data))
+    return int.from_bytes(data, "little")
+
+
+def _fill(sock: socket.socket, view: memoryview) -> None:
     while view:
         try:
             got = sock.recv_into(view)
@@ -89,4 +102,3 @@ def _exactly(sock: socket.socket, count: int) -> memoryview:
         if not got:
             raise Lost("a rank has ended")
         view = view[got:]
-    return data

@@ -2,7 +2,7 @@
 
 Owns: what the bytes of a chunk mean in each encoding, and their size. Pure: arrays in, arrays out.
 Must not: know transfers, pools or sockets. Credit and the limits of chunks count native bytes everywhere; only the
-payload of a chunk and its checksum are of the encoded form. Sizes are `KVLayout.wire_bytes`.
+payload of a chunk and its checksum are of the encoded form. Sizes are `Slice.wire_bytes`.
 
 Keys have channels that are large for every token, values have not (KIVI, arXiv 2402.02750): keys are quantised per
 channel over units of 64 tokens, values per token and head. A chunk holds whole units, but for the prompt's last, so
@@ -11,6 +11,7 @@ what a prompt becomes does not depend on how it was cut.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,32 +62,33 @@ class Encoding:
         return WIRE_BITS[self.layout.encoding]
 
     def encode(self, native: Bytes, tokens: int, layers: int, out: Bytes) -> None:
-        """`native`: wire order `[layer][K|V][token][head][dim]`; `out`: of `wire_bytes`. Raises NotEncodable."""
+        """`native`: wire order `[layer][K|V][token][head][dim]`, of any number of heads: nothing is shared between
+        heads. `out`: of `Slice.wire_bytes`. Raises NotEncodable."""
         source = native.reshape(layers, 2, -1)
         target = out.reshape(layers, -1)
         for layer in range(layers):
             at = _Cursor(target[layer])
             for which in (0, 1):
-                wide = _READ[self.layout.dtype](source[layer, which]).reshape(self._shape(tokens))
+                wide = _READ[self.layout.dtype](source[layer, which]).reshape(tokens, -1, self.layout.head_dim)
                 for group in _groups(wide, which):
                     self._encode_group(group, 1 if which == 0 else 3, at)
 
     @np.errstate(invalid="ignore", over="ignore")
     def decode(self, data: memoryview, tokens: int, layers: int) -> Bytes:
-        """The inverse, as far as it goes: native bytes. `data` must have `wire_bytes`."""
+        """The inverse, as far as it goes: native bytes. `data` must have `Slice.wire_bytes`; of how many heads it is
+        follows from that."""
+        heads = len(data) * self.layout.num_kv_heads // self.layout.wire_bytes(tokens, layers)
+        shape = tokens, heads, self.layout.head_dim
         source = np.frombuffer(data, np.uint8).reshape(layers, -1)
-        target: Bytes = np.empty((layers, 2, self.layout.slice_bytes(tokens, layers) // layers // 2), np.uint8)
+        target: Bytes = np.empty((layers, 2, math.prod(shape) * self.layout.dtype_bytes), np.uint8)
         for layer in range(layers):
             at = _Cursor(source[layer])
             for which in (0, 1):
-                wide: Floats = np.empty(self._shape(tokens), np.float32)
+                wide: Floats = np.empty(shape, np.float32)
                 for group in _groups(wide, which):
                     self._decode_group(group, 1 if which == 0 else 3, at)
                 _WRITE[self.layout.dtype](wide.reshape(-1), target[layer, which])
         return target.reshape(-1)
-
-    def _shape(self, tokens: int) -> tuple[int, int, int]:
-        return tokens, self.layout.num_kv_heads, self.layout.head_dim
 
     def _encode_group(self, group: Floats, axis: int, at: _Cursor) -> None:
         """`group`: [unit][token][head][dim]; one scale for all along `axis`."""

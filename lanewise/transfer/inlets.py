@@ -178,7 +178,7 @@ class Inlets:
         """Where the chunk's bytes belong; None where they do not go there as they are, or in too many pieces."""
         if num_bytes != write.slice.nbytes(self._layout) or self._layout.encoding != "Native":
             return None
-        pages = self._store.views(write.pages, write.slice.tokens, write.slice.layers)
+        pages = self._store.views(write.pages, *write.slice.ranges)
         return pages if pages and num_bytes >= len(pages) * self.host.limits.least_piece_bytes else None
 
     def finish(self, sink: Sink, now: float) -> None:

@@ -14,11 +14,12 @@ import xxhash
 from msgspec import Meta
 
 from lanewise.policy.blocks import DIGEST_BYTES, UNIT_TOKENS, KVLayout
+from lanewise.transfer.chunks import Slice
 from lanewise.transfer.neighbour import MAX_RUNS, RUN_BYTES
-from lanewise.transfer.records import MAX_FIELD, MAX_FIELDS, MAX_NAME, MAX_PROMPT_TOKENS, Key, Slice
+from lanewise.transfer.records import MAX_FIELD, MAX_FIELDS, MAX_NAME, MAX_PROMPT_TOKENS, Key
 
-PROTOCOL = 1
-"""Major version: part of HELLO, and of what must be equal."""
+PROTOCOL = 2
+"""Major version: part of HELLO, and of what must be equal. 2: a chunk is of any range of heads, as the digest says."""
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TOKENS = MAX_PROMPT_TOKENS
@@ -166,7 +167,7 @@ class Chunk(TransferMessage, tag="CHUNK", frozen=True, array_like=True):
 
     @property
     def slice(self) -> Slice:
-        return Slice(self.token_lo, self.token_hi, self.layer_lo, self.layer_hi)
+        return Slice(self.token_lo, self.token_hi, self.layer_lo, self.layer_hi, self.head_lo, self.head_hi)
 
 
 class Ack(TransferMessage, tag="ACK", frozen=True, array_like=True):

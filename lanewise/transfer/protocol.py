@@ -11,8 +11,9 @@ from enum import StrEnum
 
 import msgspec
 
+from lanewise.transfer.chunks import Slice
 from lanewise.transfer.messages import AnyMessage, Probe
-from lanewise.transfer.records import Key, Pages, ReceiverEvent, SenderEvent, Slice
+from lanewise.transfer.records import Key, Pages, ReceiverEvent, SenderEvent
 
 
 class SenderState(StrEnum):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from lanewise.policy.blocks import DIGEST_BYTES, UNIT_TOKENS, KVLayout
 from lanewise.request import FinishReason, Token
 from lanewise.transfer import messages as m
-from lanewise.transfer.chunks import covers, digest
+from lanewise.transfer.chunks import Slice, covers, digest
 from lanewise.transfer.protocol import (
     RECEIVER_NEXT,
     Action,
@@ -19,7 +19,7 @@ from lanewise.transfer.protocol import (
     ReceiverState,
     Write,
 )
-from lanewise.transfer.records import Binding, Committed, Key, Offered, Pages, Slice
+from lanewise.transfer.records import Binding, Committed, Key, Offered, Pages
 
 _MAX_BAD = 256
 _ENTERED = {state: Entered(f"recv.{state}") for state in ReceiverState}
@@ -116,13 +116,13 @@ class ReceiverTransfer:
         inside = (
             self.have_tokens <= piece.token_lo < piece.token_hi <= self.tokens
             and 0 <= piece.layer_lo < piece.layer_hi <= self._layout.num_layers
-            and (chunk.head_lo, chunk.head_hi) == (0, self._layout.num_kv_heads)
+            and 0 <= piece.head_lo < piece.head_hi <= self._layout.num_kv_heads
             and piece.token_lo % self._layout.wire_unit == 0
             and (piece.token_hi % self._layout.wire_unit == 0 or piece.token_hi == self.tokens)
         )
         if not inside:
             raise Contradiction(f"chunk {chunk.seq} lies outside what was granted")
-        if chunk.seq >= (self.tokens - self.have_tokens) * self._layout.num_layers:
+        if chunk.seq >= (self.tokens - self.have_tokens) * self._layout.num_layers * self._layout.num_kv_heads:
             raise Contradiction(f"chunk number {chunk.seq} is impossible")
         size = piece.nbytes(self._layout)
         whole = payload_bytes == piece.wire_bytes(self._layout)
@@ -171,7 +171,7 @@ class ReceiverTransfer:
         if digest(self._chunks[seq] for seq in range(commit.chunks)) != commit.digest:
             raise Contradiction("digest of the transfer differs")
         pieces = (piece for _, piece in self._chunks.values())
-        if not covers(pieces, range(self.have_tokens, self.tokens), self._layout.num_layers):
+        if not covers(pieces, range(self.have_tokens, self.tokens), self._layout):
             raise Contradiction("the chunks do not cover the prompt")
         token = _token(self.key, commit)
         actions = self._enter(ReceiverInput.COMPLETE)

@@ -242,10 +242,10 @@ class ReceiverThread(SocketThread):
         self.perform(self.core.wrote(write.key, write.seq, True, now))
 
     def _scatter(self, write: Write, payload: memoryview) -> None:
-        tokens, layers = write.slice.tokens, write.slice.layers
+        tokens, layers, heads = write.slice.ranges
         if self._encoding:
             payload = self._encoding.decode(payload, len(tokens), len(layers)).data
-        self._store.write(write.pages, tokens, layers, payload)
+        self._store.write(write.pages, tokens, layers, heads, payload)
 
     def _send(self, send: Send) -> None:
         routing_id, message = f"{send.to}/c".encode(), send.message

@@ -60,17 +60,22 @@ class PageStore(Protocol):
     @property
     def layout(self) -> KVLayout: ...
 
-    def read(
-        self, pages: Pages, tokens: range, layers: range, out: NDArray[np.uint8] | None = None
-    ) -> NDArray[np.uint8]:
-        """Bytes of these tokens and layers in wire order, copied into `out` (contiguous, of exactly their size) or a
-        new array; never a view of the pool."""
+    @property
+    def head_shards(self) -> int:
+        """So many processes hold the KV, an equal part of the heads each; 1: all of it is here."""
 
-    def write(self, pages: Pages, tokens: range, layers: range, data: memoryview) -> None:
+    def read(
+        self, pages: Pages, tokens: range, layers: range, heads: range, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
+        """Bytes of these tokens, layers and heads in wire order, copied into `out` (contiguous, of exactly their size)
+        or a new array; never a view of the pool."""
+
+    def write(self, pages: Pages, tokens: range, layers: range, heads: range, data: memoryview) -> None:
         """The inverse of `read`. `data` is borrowed for the duration of the call."""
 
-    def views(self, pages: Pages, tokens: range, layers: range) -> list[memoryview] | None:
-        """What `read` copies, writable, where it lies; None where that is not in this process's memory."""
+    def views(self, pages: Pages, tokens: range, layers: range, heads: range) -> list[memoryview] | None:
+        """What `read` copies, writable, where it lies; None where that is not in this process's memory, or where the
+        heads of one token do not lie beside those of the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,32 +274,3 @@ class Drained:
 
 SenderEvent = Granted | Busy | Sent | Delivered | Aborted | LinkReport
 ReceiverEvent = Offered | Committed | Aborted | Drained
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """A rectangle of KV: these tokens of these layers, all heads."""
-
-    token_lo: int
-    token_hi: int
-    layer_lo: int
-    layer_hi: int
-
-    @property
-    def tokens(self) -> range:
-        return range(self.token_lo, self.token_hi)
-
-    @property
-    def layers(self) -> range:
-        return range(self.layer_lo, self.layer_hi)
-
-    def overlaps(self, other: Slice) -> bool:
-        apart = self.token_hi <= other.token_lo or other.token_hi <= self.token_lo
-        return not (apart or self.layer_hi <= other.layer_lo or other.layer_hi <= self.layer_lo)
-
-    def nbytes(self, layout: KVLayout) -> int:
-        """As a pool holds it; what credit and the size of chunks are counted in."""
-        return layout.slice_bytes(self.token_hi - self.token_lo, self.layer_hi - self.layer_lo)
-
-    def wire_bytes(self, layout: KVLayout) -> int:
-        return layout.wire_bytes(self.token_hi - self.token_lo, self.layer_hi - self.layer_lo)

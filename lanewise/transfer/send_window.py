@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from lanewise.policy.blocks import KVLayout
 from lanewise.transfer import messages as m
-from lanewise.transfer.chunks import Cutter, digest
-from lanewise.transfer.records import Key, Pages, Slice
+from lanewise.transfer.chunks import Cutter, Slice, digest
+from lanewise.transfer.records import Key, Pages
 
 MAX_RESENDS = 4
 """Times one chunk may arrive damaged before the path counts as broken."""
@@ -41,10 +41,10 @@ class Job:
 
 
 class SendWindow:
-    def __init__(self, layout: KVLayout, tokens: int) -> None:
+    def __init__(self, layout: KVLayout, tokens: int, head_shards: int = 1) -> None:
         self._layout = layout
         self._tokens = tokens
-        self._cutter = Cutter(layout, tokens)
+        self._cutter = Cutter(layout, tokens, head_shards)
         self._chunks: list[_SentChunk] = []
         self._cumulative = 0
         self._unsent = 0  # chunks that were cut and not handed to the network yet

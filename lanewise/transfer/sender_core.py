@@ -30,9 +30,12 @@ class SenderCore:
         limits: Limits,
         counters: Counters,
         mac_key: Callable[[], bytes] = bytes,
+        head_shards: int = 1,
     ) -> None:
-        """`mac_key` draws the key of each transfer; empty keys where its chunks need no MAC."""
+        """`mac_key` draws the key of each transfer; empty keys where its chunks need no MAC. `head_shards`: as of the
+        pool."""
         self._mac_key = mac_key
+        self._head_shards = head_shards
         self._identity = identity
         self._timers = timers
         self._shortest_s = timers.shortest_s
@@ -62,10 +65,8 @@ class SenderCore:
         if key in self._transfers:
             return []  # the same attempt twice: the first one stands
         link = self._link(peer)
-        layout = self._identity.layout
-        transfer = SenderTransfer(
-            key, peer, binding, pages, source=self._identity.incarnation, layout=layout, timers=self._timers
-        )
+        mine, shards = self._identity, self._head_shards
+        transfer = SenderTransfer(key, peer, binding, pages, identity=mine, timers=self._timers, head_shards=shards)
         transfer.mac_key = self._mac_key()
         self._transfers[key] = transfer
         self._by_address.setdefault(peer.kv_address, {})[key] = transfer
@@ -127,7 +128,8 @@ class SenderCore:
     def _most(self, transfer: SenderTransfer, refer: bool) -> int:
         """Bytes of its next chunk."""
         link = self._links[transfer.peer.kv_address, transfer.peer.incarnation]
-        return link.referred_bytes if refer else link.chunk_bytes
+        whole = self._head_shards == 1  # of several processes' heads most are gathered after all
+        return link.referred_bytes if refer and whole else link.chunk_bytes
 
     def unacked_bytes(self, address: str) -> int:
         """Of all transfers to this address: handed to the network and not known to be in place."""

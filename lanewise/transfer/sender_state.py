@@ -6,11 +6,23 @@ Must not: read pages, touch sockets, or know other transfers.
 
 from __future__ import annotations
 
-from lanewise.policy.blocks import UNIT_TOKENS, KVLayout
+from lanewise.policy.blocks import UNIT_TOKENS
 from lanewise.request import Token
 from lanewise.transfer import messages as m
 from lanewise.transfer.protocol import SENDER_NEXT, Action, Emit, Entered, Send, SenderInput, SenderState
-from lanewise.transfer.records import Aborted, Binding, Busy, Delivered, Granted, Key, Pages, Peer, Sent, Timers
+from lanewise.transfer.records import (
+    Aborted,
+    Binding,
+    Busy,
+    Delivered,
+    Endpoint,
+    Granted,
+    Key,
+    Pages,
+    Peer,
+    Sent,
+    Timers,
+)
 from lanewise.transfer.send_window import BrokenTransfer, Job, SendWindow
 
 MAX_BEGINS = 4
@@ -21,7 +33,15 @@ _ENTERED = {state: Entered(f"send.{state}") for state in SenderState}
 
 class SenderTransfer:
     def __init__(
-        self, key: Key, peer: Peer, binding: Binding, pages: Pages, *, source: str, layout: KVLayout, timers: Timers
+        self,
+        key: Key,
+        peer: Peer,
+        binding: Binding,
+        pages: Pages,
+        *,
+        identity: Endpoint,
+        timers: Timers,
+        head_shards: int,
     ) -> None:
         self.key = key
         self.peer = peer
@@ -29,10 +49,10 @@ class SenderTransfer:
         self.state = SenderState.QUEUED
         self.have_tokens = 0
         self.mac_key = b""
-        self.window = SendWindow(layout, binding.tokens)
+        self.window = SendWindow(identity.layout, binding.tokens, head_shards)
         self._binding = binding
-        self._source = source
-        self._layout = layout
+        self._source = identity.incarnation
+        self._layout = identity.layout
         self._timers = timers
         self._token: Token | None = None
         self._begins = 0
@@ -83,9 +103,9 @@ class SenderTransfer:
         return None if taken is None else Job(self.key, self.pages, *taken)
 
     def chunk(self, job: Job, crc: bytes) -> m.Chunk:
-        piece, heads = job.slice, self._layout.num_kv_heads
-        where = (piece.layer_lo, piece.layer_hi, piece.token_lo, piece.token_hi)
-        return m.Chunk(*self._names, job.seq, *where, 0, heads, crc)
+        piece = job.slice
+        where = (piece.layer_lo, piece.layer_hi, piece.token_lo, piece.token_hi, piece.head_lo, piece.head_hi)
+        return m.Chunk(*self._names, job.seq, *where, crc)
 
     def sent(self, job: Job, crc: bytes, delivered: bool, now: float) -> list[Action]:
         if not self.window.unacked:

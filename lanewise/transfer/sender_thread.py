@@ -55,7 +55,8 @@ class SenderThread(SocketThread):
     ) -> None:
         super().__init__("kv-sender", limits, Counters(), faults)
         self._security = security
-        self.core = SenderCore(identity, timers, limits, self.counters, mac.new_key if security.macs else bytes)
+        mac_key = mac.new_key if security.macs else bytes
+        self.core = SenderCore(identity, timers, limits, self.counters, mac_key, store.head_shards)
         self._incarnation = identity.incarnation
         self._on_event = on_event
         self._connections: dict[str, Connection] = {}

@@ -88,11 +88,11 @@ class Ways:
         """A chunk's bytes: in pages where they may be, as they are, and in few pieces; else gathered or encoded.
 
         `refer`: where they lie in such pages the partner is to be told so, unless that has failed before."""
-        tokens, layers = job.slice.tokens, job.slice.layers
+        tokens, layers, heads = job.slice.ranges
         num_bytes = job.slice.wire_bytes(self._layout)
         refer = refer and not job.resend
         if (in_place or refer) and self._encoding is None:
-            views = self._store.views(job.pages, tokens, layers)
+            views = self._store.views(job.pages, tokens, layers, heads)
             if views and num_bytes >= len(views) * self._limits.least_piece_bytes:
                 if refer and len(views) <= MAX_RUNS:
                     return Load(job.key, views, num_bytes, True, runs=pack(views))
@@ -101,9 +101,9 @@ class Ways:
         buffer = self._buffers.take(max(num_bytes, self._limits.chunk_bytes))
         payload = buffer[:num_bytes]
         if self._encoding is None:
-            self._store.read(job.pages, tokens, layers, payload)
+            self._store.read(job.pages, tokens, layers, heads, payload)
         else:
-            native = self._store.read(job.pages, tokens, layers)
+            native = self._store.read(job.pages, tokens, layers, heads)
             self._encoding.encode(native.reshape(-1), len(tokens), len(layers), payload)
         return Load(job.key, [payload.data], num_bytes, False, buffer)
 

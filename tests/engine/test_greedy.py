@@ -39,9 +39,10 @@ def test_prefilled_here_and_decoded_there(oracle, engine, load, driver):
         while seq.num_output == 0:
             drive.step(engine, [seq])
         assert other.pool.ensure(received, received.num_prompt)
-        for layer in range(engine.pool.layout.num_layers):
-            data = engine.pool.read(seq.pages, range(seq.num_prompt), range(layer, layer + 1))
-            other.pool.write(received.pages, range(seq.num_prompt), range(layer, layer + 1), memoryview(data))
+        layout = engine.pool.layout
+        for layer in range(layout.num_layers):
+            where = range(seq.num_prompt), range(layer, layer + 1), range(layout.num_kv_heads)
+            other.pool.write(received.pages, *where, memoryview(engine.pool.read(seq.pages, *where)))
         received.num_computed = received.num_prompt
         received.ids.append(seq.ids[-1])
         engine.pool.release(seq)
@@ -72,13 +73,16 @@ def test_the_built_in_model(load, driver):
 def test_layers_are_reported_once_their_kv_is_there(oracle, engine, driver):
     seq, *_ = driver().open([oracle.prompts[-1]], GREEDY)
     assert engine.pool.ensure(seq, seq.num_prompt)
-    rows = range(seq.num_prompt)
     seen = {}
 
+    def there(low: int, high: int) -> bytes:
+        heads = range(engine.pool.layout.num_kv_heads)
+        return engine.pool.read(seq.pages, range(seq.num_prompt), range(low, high), heads).tobytes()
+
     def on_layers(low: int, high: int) -> None:
-        seen[low, high] = engine.pool.read(seq.pages, rows, range(low, high)).tobytes()
+        seen[low, high] = there(low, high)
 
     engine.step([Work(seq, seq.num_prompt)], on_layers)
     assert list(seen) == [(0, 1), (1, 2), (2, 3)]
-    assert seen == {(low, high): engine.pool.read(seq.pages, rows, range(low, high)).tobytes() for low, high in seen}
+    assert seen == {(low, high): there(low, high) for low, high in seen}
     engine.pool.release(seq)

@@ -33,31 +33,36 @@ def filled(pool: KVPool, seed: int = 0) -> KVPool:
     start=st.integers(0, 150),
     count=st.integers(1, 100),
     layers=st.sampled_from([range(3), range(1, 2), range(2, 3)]),
+    heads=st.sampled_from([range(2), range(1), range(1, 2)]),
     dtype=st.sampled_from([("float32", 4), ("bfloat16", 2), ("float16", 2)]),
     order=st.permutations(range(16)),
+    by_index=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_read_and_write_between_page_sizes(start, count, layers, dtype, order):
+def test_read_and_write_between_page_sizes(start, count, layers, heads, dtype, order, by_index):
     source = filled(KVPool(layout(*dtype), 16, 16, CPU))
     target = KVPool(layout(*dtype), 8, 32, CPU)
+    if by_index:  # as in the memory of a GPU
+        source._rows = target._rows = source._flat = target._flat = None
     tokens = range(start, start + count)
     here = list(order)
     there = [page for page in order if page < 8]
-    data = source.read(here, tokens, layers)
-    assert data.nbytes == source.layout.slice_bytes(count, len(layers))
-    target.write(there, tokens, layers, memoryview(data))
-    assert (target.read(there, tokens, layers) == data).all()
+    data = source.read(here, tokens, layers, heads)
+    assert data.nbytes == source.layout.slice_bytes(count, len(layers)) * len(heads) // 2
+    target.write(there, tokens, layers, heads, memoryview(data))
+    assert (target.read(there, tokens, layers, heads) == data).all()
     # Canonical: what the tensors say, token by token.
-    raw = data.view(np.uint16 if dtype[1] == 2 else np.float32).reshape(len(layers), 2, count, 2, 8)
+    raw = data.view(np.uint16 if dtype[1] == 2 else np.float32).reshape(len(layers), 2, count, len(heads), 8)
     for pool, pages, size in ((source, here, 16), (target, there, 32)):
         for index, layer in enumerate(layers):
             for offset in (0, count - 1):
                 page, slot = divmod(start + offset, size)
-                expected = pool.layers[layer][:, pages[page], slot]
+                expected = pool.layers[layer][:, pages[page], slot, heads.start : heads.stop]
                 expected = expected.view(torch.uint16) if dtype[1] == 2 else expected
                 assert (raw[index, :, offset] == expected.numpy()).all()
     untouched = [layer for layer in range(3) if layer not in layers]
     assert all(not target.layers[layer].any() for layer in untouched)
+    assert all(not layer[:, :, :, head].any() for layer in target.layers for head in {0, 1} - set(heads))
 
 
 @given(
@@ -70,20 +75,25 @@ def test_read_and_write_between_page_sizes(start, count, layers, dtype, order):
 def test_views_are_what_read_copies_and_can_be_filled(start, count, layers, order):
     source, target = filled(KVPool(layout(), 16, 16, CPU)), KVPool(layout(), 16, 16, CPU)
     tokens, pages = range(start, start + count), list(order)
-    views = source.views(pages, tokens, layers)
-    data = source.read(pages, tokens, layers)
+    where = pages, tokens, layers, range(2)
+    views = source.views(*where)
+    data = source.read(*where)
     assert b"".join(views) == data.tobytes()
-    for there, view in zip(target.views(pages, tokens, layers), views, strict=True):
+    for there, view in zip(target.views(*where), views, strict=True):
         there[:] = view
-    assert (target.read(pages, tokens, layers) == data).all()
+    assert (target.read(*where) == data).all()
+    assert source.views(pages, tokens, layers, range(1)) is None  # a piece for each token
     written = sum(int(layer.count_nonzero()) for layer in target.layers)
     assert written == data.view(np.float32).nonzero()[0].size, "something beside it was written"
 
 
-def test_tokens_outside_the_pages_are_refused():
+def test_what_lies_outside_the_pages_or_the_heads_is_refused():
     pool = KVPool(layout(), 4, 16, CPU)
     with pytest.raises(ValueError, match="does not lie in 2 pages"):
-        pool.read([0, 1], range(33), range(1))
+        pool.read([0, 1], range(33), range(1), range(2))
+    for heads in (range(3), range(1, 1), range(-1, 1), range(0, 2, 2)):
+        with pytest.raises(ValueError, match="does not lie in 2 heads"):
+            pool.read([0, 1], range(3), range(1), heads)
 
 
 SIZES = {"weight_bytes": 100_000, "workspace_bytes": 0, "sharing": 2, "useful_tokens": 10**9}

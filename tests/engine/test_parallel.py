@@ -81,8 +81,8 @@ def carried(source: Engine, target: Engine, prompt: list[int], driver: Any) -> A
     said: list[int] = []
 
     def on_layers(low: int, high: int) -> None:
-        data = source.pool.read(first.pages, range(len(prompt)), range(low, high))
-        target.pool.write(second.pages, range(len(prompt)), range(low, high), data)
+        where = range(len(prompt)), range(low, high), range(source.pool.layout.num_kv_heads)
+        target.pool.write(second.pages, *where, source.pool.read(first.pages, *where))
         said.append(high)
 
     (sampled,) = source.step([Work(first, len(prompt))], on_layers)

@@ -42,10 +42,12 @@ STEADY = replace(FAST, hello_s=1.0, grant_wait_s=5.0, ack_abort_s=3.0, ping_s=0.
 class NumpyStore:
     """A pool [layer][K|V][page][token in page][head and dim]; `pages` is a list of page numbers."""
 
-    def __init__(self, layout: KVLayout, num_pages: int, page_tokens: int) -> None:
+    def __init__(self, layout: KVLayout, num_pages: int, page_tokens: int, head_shards: int = 1) -> None:
         self.layout = layout
         self.page_tokens = page_tokens
-        row = layout.num_kv_heads * layout.head_dim * layout.dtype_bytes
+        self.head_shards = head_shards  # as if so many processes held it
+        self._head_bytes = layout.head_dim * layout.dtype_bytes
+        row = layout.num_kv_heads * self._head_bytes
         self.pool = np.zeros((layout.num_layers, 2, num_pages, page_tokens, row), np.uint8)
         self.free = list(range(num_pages))
         self.before_write: Callable[[], None] = lambda: None
@@ -62,28 +64,33 @@ class NumpyStore:
         index = np.arange(tokens.start, tokens.stop)
         return np.asarray(pages)[index // self.page_tokens], index % self.page_tokens
 
-    def read(self, pages: list[int], tokens: range, layers: range, out: np.ndarray | None = None) -> np.ndarray:
+    def _in_row(self, heads: range) -> slice:
+        return slice(heads.start * self._head_bytes, heads.stop * self._head_bytes)
+
+    def read(
+        self, pages: list[int], tokens: range, layers: range, heads: range, out: np.ndarray | None = None
+    ) -> np.ndarray:
         page, slot = self._at(pages, tokens)
-        found = self.pool[layers.start : layers.stop][:, :, page, slot].reshape(-1)
+        found = self.pool[layers.start : layers.stop, ..., self._in_row(heads)][:, :, page, slot].reshape(-1)
         if out is None:
             return found
         out[:] = found
         return out
 
-    def write(self, pages: list[int], tokens: range, layers: range, data: memoryview) -> None:
+    def write(self, pages: list[int], tokens: range, layers: range, heads: range, data: memoryview) -> None:
         self.before_write()
         page, slot = self._at(pages, tokens)
         block = np.frombuffer(data, np.uint8).reshape(len(layers), 2, len(tokens), -1)
-        self.pool[layers.start : layers.stop][:, :, page, slot] = block
+        self.pool[layers.start : layers.stop, ..., self._in_row(heads)][:, :, page, slot] = block
         self.written += len(data)
 
-    def views(self, pages: list[int], tokens: range, layers: range) -> list[memoryview] | None:
+    def views(self, pages: list[int], tokens: range, layers: range, heads: range) -> list[memoryview] | None:
         if not self.in_place:
             return None
         flat = [self.pool[layer, plane].reshape(-1) for layer in layers for plane in (0, 1)]
-        row = self.pool.shape[-1]
+        row, part = self.pool.shape[-1], self._in_row(heads)
         starts = [(pages[t // self.page_tokens] * self.page_tokens + t % self.page_tokens) * row for t in tokens]
-        return [memoryview(plane[start : start + row]) for plane in flat for start in starts]
+        return [memoryview(plane[start + part.start : start + part.stop]) for plane in flat for start in starts]
 
 
 @dataclass
@@ -134,6 +141,11 @@ def endpoint(**change: Any) -> Endpoint:
     return Endpoint(**(facts | change))
 
 
+def everything(layout: KVLayout) -> tuple[range, range]:
+    """All layers and all heads."""
+    return range(layout.num_layers), range(layout.num_kv_heads)
+
+
 class Prefill:
     def __init__(
         self,
@@ -145,9 +157,10 @@ class Prefill:
         group_host: str = "",
         direct: bool = True,
         references: References = References.AUTO,
+        head_shards: int = 1,
     ) -> None:
         self.identity = identity
-        self.store = NumpyStore(identity.layout, 512, 8)
+        self.store = NumpyStore(identity.layout, 512, 8, head_shards)
         self.log = Log()
         options = {"timers": timers, "limits": limits, "security": security, "group_host": group_host}
         options |= {"direct": direct, "references": references}
@@ -161,7 +174,7 @@ class Prefill:
         return pages
 
     def kv(self, pages: list[int], tokens: range) -> np.ndarray:
-        return self.store.read(pages, tokens, range(self.identity.layout.num_layers))
+        return self.store.read(pages, tokens, *everything(self.identity.layout))
 
 
 class Decode:
@@ -197,7 +210,7 @@ class Decode:
         self.log.react = react
 
     def kv(self, key: Any, tokens: range) -> np.ndarray:
-        return self.store.read(self.pages[key], tokens, range(self.identity.layout.num_layers))
+        return self.store.read(self.pages[key], tokens, *everything(self.identity.layout))
 
 
 class Net:
@@ -224,9 +237,10 @@ class Net:
         security: Security | None = None,
         group_host: str = "",
         references: References = References.AUTO,
+        head_shards: int = 1,
     ) -> Prefill:
         limits = limits or Limits(chunk_bytes=4096)
-        settings = (timers or Timers(), limits, security, group_host, self.direct, references)
+        settings = (timers or Timers(), limits, security, group_host, self.direct, references, head_shards)
         side = Prefill(identity or endpoint(), faults, *settings)
         self.sides.append(side.sender)
         return side

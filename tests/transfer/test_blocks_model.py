@@ -7,6 +7,7 @@ belongs to somebody else: the model sees it at once.
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 from typing import Any
 
@@ -55,7 +56,7 @@ class Owned(World):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.lent, self.granted = Blocks(), Blocks()
-        self.content: dict[int, dict[tuple[int, int], Any]] = {block: {} for block in range(BLOCKS)}
+        self.content: dict[int, dict[tuple[int, ...], Any]] = {block: {} for block in range(BLOCKS)}
         self.tokens: dict[Any, int] = {}
         self.held: dict[Any, list[int]] = {}
         self.waiting: list[Any] = []  # offers that found no room; answered as room comes
@@ -76,9 +77,8 @@ class Owned(World):
         for action in actions:
             if isinstance(action, Write) and payload != "garbage":
                 self.granted.touch(action.key, action.pages, action.slice.tokens)
-                for layer in action.slice.layers:
-                    for token in action.slice.tokens:
-                        self.content[action.pages[token // BLOCK_TOKENS]][layer, token] = payload
+                for token, layer, head in itertools.product(*action.slice.ranges):
+                    self.content[action.pages[token // BLOCK_TOKENS]][layer, token, head] = payload
             elif isinstance(action, Emit):
                 self.ended_at_receiver(action.event)
             super().do_receiver([action], payload)
@@ -86,8 +86,9 @@ class Owned(World):
     def ended_at_receiver(self, event: Any) -> None:
         if isinstance(event, Committed):
             for token in range(self.tokens[event.key]):
-                for layer in range(LAYOUT.num_layers):
-                    held = self.content[self.held[event.key][token // BLOCK_TOKENS]][layer, token]
+                content = self.content[self.held[event.key][token // BLOCK_TOKENS]]
+                for layer, head in itertools.product(range(LAYOUT.num_layers), range(LAYOUT.num_kv_heads)):
+                    held = content[layer, token, head]
                     assert held == ("kv", event.key), f"{event.key} holds {held}"
         if isinstance(event, Committed | Aborted | Drained):
             if event.key in self.waiting:
@@ -117,9 +118,10 @@ class WhoMayTouchWhich(RuleBasedStateMachine):
         double=st.sampled_from([0.0, 0.3]),
         late=st.sampled_from([0.0, 0.3]),
         damage=st.sampled_from([0.0, 0.1]),
+        shards=st.sampled_from([1, 2]),
     )
-    def start(self, seed: int, drop: float, double: float, late: float, damage: float) -> None:
-        self.world = Owned(seed, Net(drop, double, late, damage))
+    def start(self, seed: int, drop: float, double: float, late: float, damage: float, shards: int) -> None:
+        self.world = Owned(seed, Net(drop, double, late, damage), head_shards=shards)
         self.dice = random.Random(seed)
         self.replays = 0
         self.epochs: dict[str, int] = {}

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from lanewise.policy.blocks import KVLayout
 from lanewise.transfer import Aborted, Committed, Counters, Delivered, Drained, Faults, Limits, Timers, compat, direct
 from lanewise.transfer import messages as m
+from lanewise.transfer.chunks import Slice
 from lanewise.transfer.outlet import Outlet
 from lanewise.transfer.receiver_core import ReceiverCore
-from lanewise.transfer.records import Binding, Endpoint, Slice
+from lanewise.transfer.records import Binding, Endpoint
 
 IDS = list(range(400))
 LIMITS = Limits(chunk_bytes=8192, referred_bytes=8192, least_piece_bytes=1)
@@ -239,11 +240,11 @@ def test_rubbish_behind_a_greeting_harms_nobody(net):
 # --- the receiver's core
 
 
-@pytest.mark.parametrize("other", [Slice(32, 96, 0, 1), Slice(0, 96, 1, 2)])
+@pytest.mark.parametrize("other", [Slice(32, 96, 0, 1, 0, 2), Slice(0, 96, 1, 2, 0, 2), Slice(0, 96, 0, 2, 1, 2)])
 def test_a_damaged_chunk_over_another_ends_the_transfer(other):
-    layout = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32", dtype_bytes=4)
+    layout = KVLayout(num_layers=2, num_kv_heads=2, head_dim=4, dtype="float32", dtype_bytes=4)
     bound, names = Binding.of(list(range(96)), b"k"), ("prefill", "decode", "r", 1)
-    good = Slice(0, 64, 0, 1)
+    good = Slice(0, 64, 0, 1, 0, 1)
     for first_done in (True, False):
         core = ReceiverCore(Endpoint("decode", "f", {}, layout), Timers(), Limits(), Counters())
         core.receive(compat.hello(Endpoint("prefill", "f", {}, layout), "decode"), 0, 0.0)
@@ -251,8 +252,8 @@ def test_a_damaged_chunk_over_another_ends_the_transfer(other):
         core.receive(m.Begin(*names, 96, bound.chain, bound.prompt, 1), 0, 0.0)
         core.grant(("r", 1), ["p"], 0, 0.0)
         for seq, piece in enumerate((good, other)):
-            where = (piece.layer_lo, piece.layer_hi, piece.token_lo, piece.token_hi)
-            core.receive(m.Chunk(*names, seq, *where, 0, 1, bytes(8)), piece.nbytes(layout), 0.0)
+            where = (piece.layer_lo, piece.layer_hi, piece.token_lo, piece.token_hi, piece.head_lo, piece.head_hi)
+            core.receive(m.Chunk(*names, seq, *where, bytes(8)), piece.nbytes(layout), 0.0)
         if first_done:
             core.wrote(("r", 1), 0, True, 0.0)
         core.wrote(("r", 1), 1, False, 0.0, spoiled=True)

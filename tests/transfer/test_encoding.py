@@ -143,7 +143,8 @@ def lossy_pair(net, name):
 def offer(net, prefill, decode, key, kv):
     """Begins a transfer of this KV ([layer][K|V][token][head][dim]), computed in three steps of 50 tokens."""
     pages = prefill.store.take(len(PROMPT))
-    prefill.store.write(pages, range(len(PROMPT)), range(3), kv.reshape(-1).view(np.uint8).data)
+    heads = range(prefill.store.layout.num_kv_heads)
+    prefill.store.write(pages, range(len(PROMPT)), range(3), heads, kv.reshape(-1).view(np.uint8).data)
     decode.receiver.expect(key, PROMPT, net.cache_key)
     prefill.sender.begin(key, decode.peer, PROMPT, net.cache_key, pages)
     for ready in (50, 100):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from lanewise.policy.blocks import KVLayout
 from lanewise.request import Partner, Token
 from lanewise.transfer import compat
 from lanewise.transfer import messages as m
-from lanewise.transfer.chunks import Cutter, covers, digest
+from lanewise.transfer.chunks import Slice, digest
 from lanewise.transfer.protocol import (
     LINK_NEXT,
     RECEIVER_NEXT,
@@ -23,20 +22,21 @@ from lanewise.transfer.protocol import (
     LinkPhase,
     ReceiverInput,
     ReceiverState,
+    Send,
     SenderInput,
     SenderState,
     Write,
 )
 from lanewise.transfer.receiver_core import ReceiverCore
-from lanewise.transfer.records import Binding, Counters, Endpoint, Limits, Slice, Timers
+from lanewise.transfer.records import Binding, Counters, Endpoint, Limits, Timers
 from lanewise.transfer.sender_core import SenderCore
 
-LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32", dtype_bytes=4)
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=2, dtype="float32", dtype_bytes=4)
 P, D, KEY = "prefill", "decode", ("r", 5)
 BOUND = Binding.of(list(range(70)), b"k")
 PEER = Partner("addr", D)
 NAMES_TO_P, NAMES_TO_D = (D, P, *KEY), (P, D, *KEY)
-WHOLE = Slice(0, 70, 0, 2)
+WHOLE = Slice(0, 70, 0, 2, 0, 2)
 CRC = b"12345678"
 S, R = SenderState, ReceiverState
 
@@ -186,9 +186,9 @@ def commit_message(**change: Any) -> m.Commit:
     return m.Commit(*NAMES_TO_D, **(fields | change))
 
 
-def chunk_message(seq: int = 0, piece: Slice = WHOLE, heads: int = 1) -> m.Chunk:
-    where = (piece.layer_lo, piece.layer_hi, piece.token_lo, piece.token_hi)
-    return m.Chunk(*NAMES_TO_D, seq, *where, 0, heads, CRC)
+def chunk_message(seq: int = 0, piece: Slice = WHOLE) -> m.Chunk:
+    where = (piece.layer_lo, piece.layer_hi, piece.token_lo, piece.token_hi, piece.head_lo, piece.head_hi)
+    return m.Chunk(*NAMES_TO_D, seq, *where, CRC)
 
 
 def receiver_in(state: ReceiverState) -> tuple[ReceiverCore, Any]:
@@ -211,7 +211,7 @@ def receiver_in(state: ReceiverState) -> tuple[ReceiverCore, Any]:
     if state is R.FREED:
         core.cancel(KEY, "test", 0.0)
     if state is R.RECEIVING:
-        core.receive(chunk_message(0, Slice(0, 64, 0, 2)), 64 * LAYOUT.bytes_per_token, 0.0)
+        core.receive(chunk_message(0, Slice(0, 64, 0, 2, 0, 2)), 64 * LAYOUT.bytes_per_token, 0.0)
         core.wrote(KEY, 0, True, 0.0)
     if state in (R.VERIFYING, R.COMMITTED):
         core.receive(commit_message(), 0, 0.0)
@@ -226,11 +226,14 @@ TO_RECEIVER: list[tuple[m.AnyMessage, ReceiverInput | None]] = [
     (m.Begin(*NAMES_TO_D, 70, BOUND.chain, BOUND.prompt, 1), ReceiverInput.BEGIN),
     (m.Begin(*NAMES_TO_D, 71, BOUND.chain, BOUND.prompt, 1), ReceiverInput.STOP),  # not what is expected
     (chunk_message(), ReceiverInput.CHUNK),
-    (chunk_message(7, Slice(0, 71, 0, 2)), ReceiverInput.STOP),
-    (chunk_message(7, Slice(0, 64, 0, 3)), ReceiverInput.STOP),
-    (chunk_message(7, Slice(9, 9, 0, 1)), ReceiverInput.STOP),
-    (chunk_message(7, Slice(0, 64, 0, 1), heads=2), ReceiverInput.STOP),
-    (chunk_message(141, Slice(0, 64, 0, 1)), ReceiverInput.STOP),
+    (chunk_message(0, Slice(0, 64, 0, 1, 1, 2)), ReceiverInput.CHUNK),
+    (chunk_message(7, Slice(0, 71, 0, 2, 0, 2)), ReceiverInput.STOP),
+    (chunk_message(7, Slice(0, 64, 0, 3, 0, 2)), ReceiverInput.STOP),
+    (chunk_message(7, Slice(9, 9, 0, 1, 0, 2)), ReceiverInput.STOP),
+    (chunk_message(7, Slice(0, 64, 0, 1, 0, 3)), ReceiverInput.STOP),
+    (chunk_message(7, Slice(0, 64, 0, 1, 1, 1)), ReceiverInput.STOP),
+    (chunk_message(7, Slice(0, 64, 0, 1, 2, 1)), ReceiverInput.STOP),
+    (chunk_message(280, Slice(0, 64, 0, 1, 0, 1)), ReceiverInput.STOP),  # 70 tokens x 2 layers x 2 heads
     (commit_message(chunks=2), ReceiverInput.COMMIT),
     (commit_message(tokens=69), ReceiverInput.STOP),
     (commit_message(prompt=bytes(16)), ReceiverInput.STOP),
@@ -319,14 +322,31 @@ def test_commit_that_does_not_match_is_refused(bad):
     assert transfer.state is R.FREED
 
 
-def test_chunks_that_do_not_tile_the_prompt_are_refused():
+@pytest.mark.parametrize(
+    ("pieces", "after"),
+    [
+        ([Slice(0, 70, 0, 1, 0, 2), Slice(0, 70, 0, 1, 0, 2)], R.FREED),  # the same layer twice, the other never
+        ([Slice(0, 70, 0, 2, 1, 2), Slice(0, 70, 0, 2, 1, 2)], R.FREED),  # the same head twice
+        ([Slice(0, 70, 0, 2, 1, 2), Slice(0, 70, 0, 2, 0, 1)], R.COMMITTED),
+    ],
+)
+def test_chunks_must_tile_the_prompt(pieces, after):
     core, transfer = receiver_in(R.GRANTED)
-    pieces = [Slice(0, 70, 0, 1), Slice(0, 70, 0, 1)]  # the same layer twice, the other never
     for seq, piece in enumerate(pieces):
         core.receive(chunk_message(seq, piece), piece.nbytes(LAYOUT), 0.0)
         core.wrote(KEY, seq, True, 0.0)
     core.receive(commit_message(chunks=2, digest=digest((CRC, piece) for piece in pieces)), 0, 0.1)
-    assert transfer.state is R.FREED
+    assert transfer.state is after
+
+
+def test_a_head_range_that_is_none_ends_the_transfer_with_words():
+    for heads in ((0, 3), (1, 1), (2, 1), (2, 3)):
+        core, transfer = receiver_in(R.RECEIVING)
+        actions = core.receive(chunk_message(1, Slice(64, 70, 0, 2, *heads)), 48, 0.1)
+        said = [action.message for action in actions if isinstance(action, Send)]
+        assert said == [m.Abort(*NAMES_TO_P, "chunk 1 lies outside what was granted")]
+        assert [action.event.reason for action in actions if isinstance(action, Emit)] == [said[0].reason]
+        assert transfer.state is R.FREED
 
 
 def test_sender_beyond_its_credit_is_stopped():
@@ -364,24 +384,3 @@ def test_endpoint_that_fits_no_hello_is_refused_at_once():
     for facts in ({"incarnation": ""}, {"fingerprint": "f" * 2000}, {"fingerprint_fields": {"x" * 70: "y"}}):
         with pytest.raises(ValueError, match="too long"):
             Endpoint(**({"incarnation": "i", "fingerprint": "f", "fingerprint_fields": {}, "layout": LAYOUT} | facts))
-
-
-# --- chunks
-
-
-@pytest.mark.parametrize(("have", "max_bytes"), list(itertools.product([0, 64], [1, 40, 200, 1 << 20])))
-def test_cutter_tiles_the_prompt_however_it_becomes_ready(have, max_bytes):
-    layout = KVLayout(num_layers=5, num_kv_heads=1, head_dim=2, dtype="float16", dtype_bytes=2)
-    cutter = Cutter(layout, 100)
-    cutter.skip(have)
-    pieces = []
-    for tokens, layers in [(10, range(5)), (70, range(2)), (70, range(4)), (65, range(5)), (200, range(9))]:
-        cutter.ready(tokens, layers)
-        while piece := cutter.peek(max_bytes):
-            assert piece.nbytes(layout) <= max(max_bytes, layout.slice_bytes(1, 1))
-            cutter.take(piece)
-            pieces.append(piece)
-    assert cutter.done
-    assert covers(pieces, range(have, 100), 5)
-    assert not covers(pieces[1:], range(have, 100), 5)
-    assert not covers([*pieces, pieces[0]], range(have, 100), 5)

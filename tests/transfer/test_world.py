@@ -32,7 +32,7 @@ from lanewise.transfer.records import (
 )
 from lanewise.transfer.sender_core import SenderCore
 
-LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32", dtype_bytes=4)
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=2, dtype="float32", dtype_bytes=4)
 KEY = b"c" * 32
 ENDS = (Delivered, Busy, Aborted)
 
@@ -56,6 +56,7 @@ class World:
     limits: Limits = field(default_factory=lambda: Limits(chunk_bytes=512, max_chunk_bytes=1024, window_bytes=2048))
     timers: Timers = field(default_factory=Timers)
     grant: Any = None  # (key) -> have_tokens, "busy", "no" or None
+    head_shards: int = 1  # of the sender
 
     def __post_init__(self) -> None:
         self.now = 0.0
@@ -64,7 +65,9 @@ class World:
         self.wire: list[Any] = []
         self.sender_end = Endpoint("prefill", "f", {}, LAYOUT)
         self.counters = Counters(), Counters()
-        self.sender = SenderCore(self.sender_end, self.timers, self.limits, self.counters[0])
+        self.sender = SenderCore(
+            self.sender_end, self.timers, self.limits, self.counters[0], head_shards=self.head_shards
+        )
         self.peer = Partner("addr", "decode")
         self.new_receiver("decode")
         self.sender_events: list[Any] = []
@@ -127,9 +130,8 @@ class World:
             elif isinstance(action, Write):
                 good = payload != "garbage"
                 if good:
-                    for layer in action.slice.layers:
-                        for token in action.slice.tokens:
-                            self.pool[action.key, layer, token] = (payload, layer, token)
+                    for token, layer, head in itertools.product(*action.slice.ranges):
+                        self.pool[action.key, layer, token, head] = (payload, layer, token, head)
                 self.do_receiver(self.receiver.wrote(action.key, action.seq, good, self.now))
             elif isinstance(action, Emit):
                 self.receiver_events.append(action.event)
@@ -198,9 +200,9 @@ class World:
         for event in self.receiver_events:
             if isinstance(event, Committed):
                 assert event.token.token_id == 5
-                for layer in range(LAYOUT.num_layers):
-                    for token in range(tokens[event.key] - event.received_tokens, tokens[event.key]):
-                        assert self.pool[event.key, layer, token] == (("kv", event.key), layer, token)
+                received = range(tokens[event.key] - event.received_tokens, tokens[event.key])
+                for at in itertools.product(range(LAYOUT.num_layers), received, range(LAYOUT.num_kv_heads)):
+                    assert self.pool[event.key, *at] == (("kv", event.key), *at)
         assert self.sender.idle
         assert self.receiver.live == 0
         assert self.receiver.table.credit.outstanding_bytes == 0
@@ -234,9 +236,10 @@ def test_clean_network_delivers_everything():
     late=st.sampled_from([0.0, 0.1, 0.5]),
     damage=st.sampled_from([0.0, 0.05, 0.3]),
     have=st.sampled_from([0, 64]),
+    shards=st.sampled_from([1, 2]),
 )
-def test_bad_network_never_gives_wrong_kv_and_every_transfer_ends(seed, drop, double, late, damage, have):
-    world = World(seed, Net(drop, double, late, damage), grant=lambda key: have)
+def test_bad_network_never_gives_wrong_kv_and_every_transfer_ends(seed, drop, double, late, damage, have, shards):
+    world = World(seed, Net(drop, double, late, damage), grant=lambda key: have, head_shards=shards)
     tokens = {("a", 1): 64, ("b", 1): 200, ("c", 2): 77}
     for key, count in tokens.items():
         world.submit(key, count)
@@ -259,9 +262,15 @@ def test_cut_of_the_network_at_any_time(seed, cut, length):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), at=st.floats(0, 0.02), drop=st.sampled_from([0.0, 0.2]), who=st.booleans())
-def test_abort_or_cancel_at_any_time(seed, at, drop, who):
-    world = World(seed, Net(drop=drop))
+@given(
+    seed=st.integers(0, 2**32),
+    at=st.floats(0, 0.02),
+    drop=st.sampled_from([0.0, 0.2]),
+    who=st.booleans(),
+    shards=st.sampled_from([1, 2]),
+)
+def test_abort_or_cancel_at_any_time(seed, at, drop, who, shards):
+    world = World(seed, Net(drop=drop), head_shards=shards)
     key = ("a", 1)
     world.submit(key, 500)
     world.run(at)
@@ -360,10 +369,10 @@ def test_tombstones_are_forgotten_after_their_time():
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**32), budget=st.sampled_from([1024, 2048, 8192]))
-def test_bytes_on_their_way_never_exceed_the_credit(seed, budget):
+@given(seed=st.integers(0, 2**32), budget=st.sampled_from([1024, 2048, 8192]), shards=st.sampled_from([1, 2]))
+def test_bytes_on_their_way_never_exceed_the_credit(seed, budget, shards):
     limits = Limits(chunk_bytes=512, max_chunk_bytes=1024, window_bytes=2048, credit_bytes=budget)
-    world = World(seed, Net(drop=0.1, late=0.3), limits)
+    world = World(seed, Net(drop=0.1, late=0.3), limits, head_shards=shards)
     tokens = {(f"r{n}", 1): 200 for n in range(5)}
     for key, count in tokens.items():
         world.submit(key, count)
