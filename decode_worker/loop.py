@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from lanewise.decode_worker.ahead import Steps, goes_on
 from lanewise.decode_worker.room import Admission, Decode, Phase, first_come, victim, with_load
 from lanewise.engine.opening import open_sequence, take_token
 from lanewise.engine.runner import Work
 from lanewise.fleet import WorkerStats
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
 from lanewise.policy.beside import beside_decoding
-from lanewise.policy.meter import Meter, usual_step_s
 from lanewise.request import Mode, Submission
 from lanewise.rpc.loop import Key, WorkerLoop
 from lanewise.rpc.outbox import Outbox
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 OFFER_PATIENCE_S = 4.0  # an offer may wait this long for room; the sender gives up after 5 s
-MEASURED_STEPS = 10  # first ones pay for starts; fewer say nothing
 
 
 class DecodeLoop(WorkerLoop[Decode]):
@@ -46,11 +45,13 @@ class DecodeLoop(WorkerLoop[Decode]):
         *,
         max_running: int,
         ttft_target_s: float,
+        ahead: bool = False,
     ) -> None:
+        """`ahead`: a step is launched before the result of the one before is taken."""
         super().__init__(outbox)
         self._engine = engine
         self._policy = policy
-        self._meter = Meter(policy)
+        self._steps = Steps(engine, policy, self.clock, ahead=ahead)
         self._faults = faults
         self._max_running, self._max_batch_tokens = max_running, policy.max_batch_tokens
         self._admission = Admission(engine.pool.usage().capacity_tokens, max_running)
@@ -58,7 +59,6 @@ class DecodeLoop(WorkerLoop[Decode]):
         self.receiver = receiver
         self._closing: dict[Key, Decode] = {}  # ended for the router, pages still lent to the receiver
         self._preemptions = 0
-        self._step_times: list[float] = []
 
     def on_transfer(self, event: ReceiverEvent) -> None:
         """Called on the transfer thread."""
@@ -101,6 +101,8 @@ class DecodeLoop(WorkerLoop[Decode]):
         if attempt.phase in (Phase.EXPECTED, Phase.OFFERED, Phase.RECEIVING):
             self._closing[attempt.key] = attempt
             self.receiver.cancel(attempt.key, reason)
+        elif attempt.seq.num_ahead:
+            self._steps.leaving.append(attempt)
         else:
             self._release(attempt)
 
@@ -183,11 +185,19 @@ class DecodeLoop(WorkerLoop[Decode]):
     def turn(self, now: float) -> float | None:
         patience = self._answer_offers(now)
         work, most = self._decode_work(), self._max_batch_tokens
+        if work is None:
+            self._take()  # planned again then, with nothing out
+            return 0.0
         self._policy.max_batch_tokens = beside_decoding(self._policy.cost, most) if work else most
         plan = self._policy.next_batch(now)
         local = self._local_work(plan)
         if work or local:
-            self._step(work, plan, local)
+            self._steps.launch(work, plan, local, before=self.report)
+            while len(self._steps) > self._steps.most_out:
+                self._take()
+            return 0.0
+        if self._steps:
+            self._take()
             return 0.0
         wait = None if plan.wait_until_s is None else plan.wait_until_s - now
         waits = [w for w in (wait, patience) if w is not None]
@@ -205,15 +215,15 @@ class DecodeLoop(WorkerLoop[Decode]):
         loser.phase = Phase.QUEUED
         self._enqueue(loser)
 
-    def _decode_work(self) -> list[Work]:
-        work: list[Work] = []
-        for attempt in [a for a in self.attempts.values() if a.phase is Phase.RUNNING]:
-            while attempt.phase is Phase.RUNNING and not self._engine.pool.ensure(attempt.seq, len(attempt.seq.ids)):
+    def _decode_work(self) -> list[Work] | None:
+        """A token of each that decodes. None: a step that is out must end before there are pages for all."""
+        going = [attempt for attempt in self.attempts.values() if goes_on(attempt)]
+        for attempt in going:
+            while goes_on(attempt) and not self._engine.pool.ensure(attempt.seq, attempt.seq.num_launched + 1):
+                if self._steps:
+                    return None
                 self._preempt()
-        for attempt in self.attempts.values():
-            if attempt.phase is Phase.RUNNING and len(work) < self._max_running:
-                work.append(Work(attempt.seq, attempt.seq.num_uncomputed))
-        return work
+        return [Work(attempt.seq, 1) for attempt in going if goes_on(attempt)][: self._max_running]
 
     def _local_work(self, plan: BatchPlan) -> list[Work]:
         """Chunks of local prefill beside the decode step. A prompt gets pages for all its ids or none."""
@@ -222,8 +232,7 @@ class DecodeLoop(WorkerLoop[Decode]):
             attempt = self.attempts[key]  # type: ignore[index]
             if attempt.phase is Phase.QUEUED and not self._start(attempt):
                 continue
-            left = attempt.seq.num_uncomputed
-            work.append(Work(attempt.seq, min(tokens, left)))
+            work.append(Work(attempt.seq, min(tokens, attempt.seq.num_uncomputed)))
         return work
 
     def _start(self, attempt: Decode) -> bool:
@@ -241,29 +250,19 @@ class DecodeLoop(WorkerLoop[Decode]):
         attempt.phase = Phase.BLOCKED
         return False
 
-    def _step(self, decoding: list[Work], plan: BatchPlan, local: list[Work]) -> None:
-        started = self.clock()
-        chunks = [(w.num_new, w.seq.num_computed, w.num_new == w.seq.num_uncomputed) for w in local]
-        context = sum(w.seq.num_computed for w in decoding)
-        self._meter.begin(chunks, started, decoding=len(decoding), context_tokens=context)
-        self.report()  # `accepted`, failures and the queue need not wait for the step
-        sampled = self._engine.step([*decoding, *local])
-        ended = self.clock()
-        self._meter.end(ended)
-        if local:
-            self._policy.observe(plan, ended, ended - started)
-        else:
-            self._step_times = [*self._step_times[-31:], ended - started]
-        for item, token in zip([*decoding, *local], sampled, strict=True):
+    def _take(self) -> None:
+        """The tokens of the oldest step that is out. Whoever ended since it was launched gets none."""
+        for item, token in self._steps.take():
             attempt = self.attempts.get(item.seq.key)
             if attempt is None:
                 continue
             if attempt.phase is Phase.PREFILLING:
-                self._policy.progress(attempt.key, item.num_new)
                 self._engine.pool.seal(attempt.seq, attempt.cache_key)
             if token is not None:
                 attempt.phase = Phase.RUNNING
                 self._token(attempt, token)
+        for attempt in self._steps.gone():
+            self._release(attempt)
 
     def _token(self, attempt: Decode, sampled: Sampled) -> None:
         token = take_token(attempt.seq, sampled)
@@ -280,7 +279,7 @@ class DecodeLoop(WorkerLoop[Decode]):
 
     @property
     def idle(self) -> bool:
-        return not self.attempts and not self._closing
+        return not self.attempts and not self._closing and not self._steps.leaving
 
     def publish(self, now: float) -> None:
         pool = self._engine.pool
@@ -291,9 +290,9 @@ class DecodeLoop(WorkerLoop[Decode]):
             draining=self.draining,
             preemptions=self._preemptions,
             leaked_blocks=self.leaked_blocks,
-            queue_wait_s=round(self._meter.wait_s(now), 4),
-            cost_batches=self._meter.cost_batches,
-            decode_step_s=round(usual_step_s(self._step_times), 5) if len(self._step_times) >= MEASURED_STEPS else 0.0,
+            queue_wait_s=round(self._steps.meter.wait_s(now), 4),
+            cost_batches=self._steps.meter.cost_batches,
+            decode_step_s=round(self._steps.decode_step_s, 5),
             counters=asdict(self.receiver.snapshot()),
         )
         load = with_load(fleet, self.attempts.values(), pool.usage(), self._policy, len(self._closing), self._admission)

@@ -11,6 +11,7 @@ import uuid
 import uvloop
 
 from lanewise.config import WorkerConfig, parse_config
+from lanewise.decode_worker.ahead import runs_ahead
 from lanewise.decode_worker.loop import DecodeLoop
 from lanewise.engine.runner import Engine
 from lanewise.errors import ConfigError
@@ -81,7 +82,14 @@ async def _serve(config: WorkerConfig) -> None:
     def build(outbox: Outbox) -> DecodeLoop:
         policy = make_batch_policy(config.batch_policy, max_batch_tokens=config.max_batch_tokens, cost=CostModel())
         loop = DecodeLoop(
-            engine, policy, receiver, outbox, faults, max_running=config.max_running, ttft_target_s=config.ttft_target_s
+            engine,
+            policy,
+            receiver,
+            outbox,
+            faults,
+            max_running=config.max_running,
+            ttft_target_s=config.ttft_target_s,
+            ahead=runs_ahead(config.run_ahead, engine.device),
         )
         started.append(loop)
         return loop

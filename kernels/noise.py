@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+
+from .copies import upload
 
 MASK_64 = (1 << 64) - 1
 
 
 BLOCK_ENTRIES = 1 << 16
-"""Entries hashed together: the twenty passes over them should stay in a core's cache."""
+"""Entries that a CPU hashes together: the twenty passes over them should stay in a core's cache."""
 
 
 def gumbel(seeds: Sequence[int], positions: Sequence[int], entries: torch.Tensor) -> torch.Tensor:
@@ -24,7 +27,7 @@ def gumbel(seeds: Sequence[int], positions: Sequence[int], entries: torch.Tensor
     Each row has a 64-bit key from splitmix64 of its seed and position; each entry is two rounds of a 32-bit mixer over
     (entry, key). 31 bits are kept; noise never exceeds 22, which an unbiased draw does once in 4e9.
     """
-    rows = max(1, BLOCK_ENTRIES // max(1, len(entries)))
+    rows = max(1, BLOCK_ENTRIES // max(1, len(entries))) if entries.device.type == "cpu" else len(seeds)
     blocks = [
         _block(seeds[start : start + rows], positions[start : start + rows], entries.int())
         for start in range(0, len(seeds), rows)
@@ -34,8 +37,8 @@ def gumbel(seeds: Sequence[int], positions: Sequence[int], entries: torch.Tensor
 
 def _block(seeds: Sequence[int], positions: Sequence[int], entries: torch.Tensor) -> torch.Tensor:
     keys = [_row_key(seed, position) for seed, position in zip(seeds, positions, strict=True)]
-    low = torch.tensor([_signed(key & 0xFFFFFFFF) for key in keys], dtype=torch.int32, device=entries.device)[:, None]
-    high = torch.tensor([_signed(key >> 32) for key in keys], dtype=torch.int32, device=entries.device)[:, None]
+    halves = np.array(keys, dtype="<u8").view("<i4").reshape(-1, 2, 1)
+    low, high = upload(halves, entries.device).unbind(1)
     bits = _mix(_mix(entries * _signed(0x9E3779B9) + low) + high)
     # Small uniforms give the large noise that decides, so that end must be the precise one: E = -log(1 - u).
     uniform = (bits.bitwise_and_(0x7FFFFFFF).float() + 0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)

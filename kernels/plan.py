@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .copies import upload
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -84,8 +86,8 @@ class BatchPlan:
         self._pages = [np.asarray(span.pages, dtype=np.int64) for span in self.spans]
         self._views: dict[int | None, View] = {}
         positions = np.concatenate([np.arange(span.num_context, span.num_tokens) for span in self.spans])
-        self.positions = torch.from_numpy(positions).to(device)
-        self.slots = torch.from_numpy(self._new_slots()).to(device)
+        self.positions = upload(positions, device)
+        self.slots = upload(self._new_slots(), device)
 
     def view(self, window: int | None) -> View:
         """Tiles and masks for layers that see the last `window` tokens (None: all)."""
@@ -137,7 +139,7 @@ class BatchPlan:
             slot = np.arange(num_slots)
             visible = (slot >= lows) & (slot < highs)
             mask = self._additive(visible, self._tile_dtype)[:, None, None, :]
-        flat = torch.from_numpy(table.reshape(-1)).to(self._device)
+        flat = upload(table.reshape(-1), self._device)
         return DecodeTile(slice(start, stop), flat, stop - start, num_slots, mask)
 
     def _prefills(self, window: int | None) -> list[PrefillSpan]:
@@ -151,7 +153,7 @@ class BatchPlan:
                 return PrefillSpan(rows, None, span.num_new, None)
             return PrefillSpan(rows, None, span.num_new, self._causal(span, 0, window))
         low, high, _ = self._reach(index, window)
-        table = torch.from_numpy(self._pages[index][low:high].copy()).to(self._device)
+        table = upload(self._pages[index][low:high].copy(), self._device)
         base = low * self._page_tokens
         return PrefillSpan(rows, table, span.num_tokens - base, self._causal(span, base, window))
 
@@ -165,5 +167,4 @@ class BatchPlan:
         return self._additive(visible, self._dtype)
 
     def _additive(self, visible: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        mask = torch.from_numpy(np.where(visible, np.float32(0), np.float32("-inf")))
-        return mask.to(device=self._device, dtype=dtype)
+        return upload(np.where(visible, np.float32(0), np.float32("-inf")), self._device).to(dtype)

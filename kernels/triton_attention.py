@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .copies import upload
 from .plan import Span
 
 SPLIT_TOKENS = 512
@@ -171,7 +172,7 @@ class TritonAttention:
     def plan(self, spans: Sequence[Span]) -> TritonPlan[torch.Tensor]:
         host = self.host_plan(spans)
         arrays = (host.positions, host.slots, host.table, host.decode, host.tiles)
-        positions, slots, table, decode, tiles = (torch.from_numpy(array).to(self.device) for array in arrays)
+        positions, slots, table, decode, tiles = (upload(array, self.device) for array in arrays)
         return TritonPlan(host.order, host.ends, positions, slots, table, decode, tiles, host.max_tokens)
 
     def host_plan(self, spans: Sequence[Span]) -> TritonPlan[np.ndarray]:

@@ -100,6 +100,10 @@ class WorkerConfig(_ProcessConfig):
         2048, ge=16, description="most new tokens in one batch; policies plan shorter ones by cost and target"
     )
     max_running: int = Field(64, ge=1, description="sequences decoded together")
+    run_ahead: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="decode workers launch a step before the tokens of the one before are known; auto: on a GPU",
+    )
     ttft_target_s: float = Field(0.4, gt=0, description="soft target for requests that bring none")
     session_idle_s: float = Field(3.0, gt=0, description="a session with no ping for this long is lost")
     drain_timeout_s: float = Field(60.0, ge=0, description="a drain finishes its work in place for this long")

@@ -19,6 +19,7 @@ import torch
 from lanewise.config import WorkerConfig
 from lanewise.engine import weights
 from lanewise.engine.assemble import open_model
+from lanewise.engine.carried import Carried
 from lanewise.engine.kv_pool import KVPool, layout_of
 from lanewise.engine.parallel_model import ParallelDecoder, join, open_store
 from lanewise.engine.pipe import Batch, Copy, Lost, Setup, receive, send
@@ -40,8 +41,9 @@ def main(batch_fd: int, copy_fd: int) -> None:
         threading.Thread(target=_copies, args=(copies, pool), name="copies", daemon=True).start()
         while True:
             batch = msgspec.msgpack.decode(receive(batches), type=Batch)
+            carried = Carried.elsewhere(batch.carried, pool.device) if batch.carried else None
             with torch.inference_mode():
-                decoder.run(*batch.parts())
+                decoder.run(*batch.parts(), carried=carried)
     except Lost:
         os._exit(0)  # rank 0 is gone; what it began with us cannot end
     except ConfigError as error:

@@ -20,8 +20,10 @@ import numpy as np
 import structlog
 import torch
 
+from lanewise.engine.carried import Carried
 from lanewise.engine.model import OnLayers
 from lanewise.engine.triton_model import TritonDecoder
+from lanewise.kernels.copies import staged
 from lanewise.kernels.plan import Span
 from lanewise.kernels.triton_attention import TritonPlan
 
@@ -87,12 +89,20 @@ class GraphedDecoder(TritonDecoder):
             self._captured = {size: (None, torch.empty(0)) for size in wanted}
 
     def run(
-        self, spans: Seq[Span], ids: Seq[Seq[int]], sampled: Seq[bool], on_layers: OnLayers | None = None
+        self,
+        spans: Seq[Span],
+        ids: Seq[Seq[int]],
+        sampled: Seq[bool],
+        on_layers: OnLayers | None = None,
+        carried: Carried | None = None,
     ) -> torch.Tensor | None:
         size = choose(list(self._captured), spans) if on_layers is None else None
         if size is None:
-            return super().run(spans, ids, sampled, on_layers)
-        self._fill(size, self._kernels.host_plan(spans), [token for part in ids for token in part], sampled)
+            return super().run(spans, ids, sampled, on_layers, carried)
+        host = self._kernels.host_plan(spans)
+        self._fill(size, host, [token for part in ids for token in part], sampled)
+        if carried is not None:
+            carried.put(self.carry(carried), self._buffers["ids"], host.ends)
         graph, logits = self._captured[size]
         if graph is None:
             logits = self._compute(size)
@@ -118,7 +128,8 @@ class GraphedDecoder(TritonDecoder):
         }
 
     def _fill(self, size: Size, host: TritonPlan[np.ndarray], ids: list[int], sampled: Seq[bool]) -> None:
-        """The batch into the buffers, filled up to `size`."""
+        """The batch into the buffers, filled up to `size`. They may still be read by the replay before: copies wait for
+        it on the device, the host does not."""
         last = [end - 1 for end, flag in zip(host.ends, sampled, strict=True) if flag]
         parts = (
             ("ids", np.array(ids), size.rows, 0),
@@ -131,8 +142,8 @@ class GraphedDecoder(TritonDecoder):
         for name, values, count, filler in parts:
             padded = np.full((count, *values.shape[1:]), filler, dtype=values.dtype)
             padded[: len(values)] = values
-            self._buffers[name][:count].copy_(torch.from_numpy(padded), non_blocking=True)
-        table = torch.from_numpy(host.table)
+            self._buffers[name][:count].copy_(staged(padded, self._kernels.device), non_blocking=True)
+        table = staged(host.table, self._kernels.device)
         self._buffers["table"][: len(table), : table.shape[1]].copy_(table, non_blocking=True)
 
     def _compute(self, size: Size) -> torch.Tensor:

@@ -14,10 +14,12 @@ from collections.abc import Sequence as Seq
 import torch
 from torch.nn.functional import rms_norm, silu
 
+from lanewise.engine.carried import Carried
 from lanewise.engine.model_config import ModelConfig
 from lanewise.engine.quantise import apply
 from lanewise.engine.rope import RotaryEmbedding, rotate
 from lanewise.engine.weights import LayerWeights, Weights
+from lanewise.kernels.copies import upload
 from lanewise.kernels.plan import BatchPlan, Span
 from lanewise.kernels.select import Attention
 
@@ -37,19 +39,26 @@ class Decoder:
         self.rope = RotaryEmbedding(config.rope, config.head_dim, weights.embedding.device)
 
     def run(
-        self, spans: Seq[Span], ids: Seq[Seq[int]], sampled: Seq[bool], on_layers: OnLayers | None = None
+        self,
+        spans: Seq[Span],
+        ids: Seq[Seq[int]],
+        sampled: Seq[bool],
+        on_layers: OnLayers | None = None,
+        carried: Carried | None = None,
     ) -> torch.Tensor | None:
-        """Computes the new tokens `ids` of each span.
+        """Computes the new tokens `ids` of each span; those of `carried` lie on the device.
 
         Logits [wanted, vocab] in fp32 of the spans whose next token is wanted, in their order; None where none is.
         `on_layers(lo, hi)` is called when the KV of these layers is in the cache.
         """
         plan = self.attention.plan(spans)
-        rows = torch.tensor([token for index in plan.order for token in ids[index]], device=plan.positions.device)
+        rows = upload([token for index in plan.order for token in ids[index]], plan.positions.device)
+        ends = dict(zip(plan.order, plan.ends, strict=True))
+        if carried is not None:
+            carried.put(self.carry(carried), rows, ends)
         hidden = self._forward(rows, plan, on_layers)
-        last = {index: end - 1 for index, end in zip(plan.order, plan.ends, strict=True)}
-        wanted = [last[index] for index, flag in enumerate(sampled) if flag]
-        return self.logits(hidden[wanted]) if wanted else None
+        wanted = [ends[index] - 1 for index, flag in enumerate(sampled) if flag]
+        return self.logits(hidden[upload(wanted, rows.device)]) if wanted else None
 
     def _forward(self, ids: torch.Tensor, plan: BatchPlan, on_layers: OnLayers | None) -> torch.Tensor:
         """Hidden states [N, hidden] before the last norm."""
@@ -69,6 +78,10 @@ class Decoder:
             inner = self._norm(hidden, layer.mlp_norm)
             hidden = hidden + self.total(apply(layer.down, silu(apply(layer.gate, inner)) * apply(layer.up, inner)))
         return hidden
+
+    def carry(self, carried: Carried) -> torch.Tensor:
+        """The ids that the launch before sampled, on this rank."""
+        return carried.ids()
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """[N, hidden] in the compute dtype."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import pad
 
+from lanewise.engine.carried import Carried
 from lanewise.engine.model import OnLayers
 from lanewise.engine.model_config import ModelConfig
 from lanewise.engine.quantise import Linear, as_bytes
@@ -100,9 +101,16 @@ class NativeModel:
         self._records = (record, layers)
 
     def run(
-        self, spans: Seq[Span], ids: Seq[Seq[int]], sampled: Seq[bool], on_layers: OnLayers | None = None
+        self,
+        spans: Seq[Span],
+        ids: Seq[Seq[int]],
+        sampled: Seq[bool],
+        on_layers: OnLayers | None = None,
+        carried: Carried | None = None,
     ) -> torch.Tensor | None:
         """As `model.Decoder.run`."""
+        if carried is not None:
+            ids = carried.known(ids)
         self._decoder.begin([token for part in ids for token in part], spans, sampled)
         if on_layers is None:
             self._decoder.layers(0, self.num_layers)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.nn.functional import pad
 
 from lanewise.engine.assemble import Opened
+from lanewise.engine.carried import Carried
 from lanewise.engine.kv_pool import KVPool
 from lanewise.engine.model import Decoder
 from lanewise.engine.shard import Shard
@@ -51,6 +52,11 @@ class ParallelDecoder(Decoder):
         super().__init__(config, weights, attention, cache)
         self._shard = shard
         self._ids = shard.vocabulary(config.vocab_size)
+
+    def carry(self, carried: Carried) -> torch.Tensor:
+        ids = super().carry(carried)  # what other ranks have there are no ids: rank 0 alone samples
+        dist.broadcast(ids, 0)
+        return ids
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         there = (ids >= self._ids.start) & (ids < self._ids.stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -27,19 +27,25 @@ class Setup(msgspec.Struct):
 
 
 class Batch(msgspec.Struct, array_like=True):
-    """One forward pass: for each span pages and ids as C ints, its context, and whether its next token is wanted."""
+    """One forward pass: for each span pages and ids as C ints, its context, and whether its next token is wanted.
+
+    `carried`: spans whose id rank 0 has on its device alone; all ranks get them from there."""
 
     spans: list[tuple[bytes, int, bytes, bool]]
+    carried: list[int]
 
     @classmethod
-    def of(cls, spans: Sequence[Span], ids: Sequence[Sequence[int]], sampled: Sequence[bool]) -> Batch:
+    def of(
+        cls, spans: Sequence[Span], ids: Sequence[Sequence[int]], sampled: Sequence[bool], carried: Iterable[int]
+    ) -> Batch:
         parts = zip(spans, ids, sampled, strict=True)
         return cls(
-            [(array("i", s.pages).tobytes(), s.num_context, array("i", new).tobytes(), flag) for s, new, flag in parts]
+            [(array("i", s.pages).tobytes(), s.num_context, array("i", new).tobytes(), flag) for s, new, flag in parts],
+            list(carried),
         )
 
     def parts(self) -> tuple[list[Span], list[list[int]], list[bool]]:
-        """The arguments of `of`."""
+        """The first arguments of `of`."""
         ids = [_ints(new).tolist() for _, _, new, _ in self.spans]
         spans = [
             Span(_ints(pages), context, len(new)) for (pages, context, _, _), new in zip(self.spans, ids, strict=True)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from lanewise.config import WorkerConfig
 from lanewise.engine import weights
 from lanewise.engine.assemble import Opened
+from lanewise.engine.carried import Carried
 from lanewise.engine.kv_pool import KVPool, layout_of
 from lanewise.engine.model import OnLayers
 from lanewise.engine.parallel_model import ParallelDecoder, join, open_store
@@ -132,9 +133,10 @@ class LeadingDecoder(ParallelDecoder):
         ids: Sequence[Sequence[int]],
         sampled: Sequence[bool],
         on_layers: OnLayers | None = None,
+        carried: Carried | None = None,
     ) -> torch.Tensor | None:
-        self._ranks.run(Batch.of(spans, ids, sampled))
-        return super().run(spans, ids, sampled, on_layers)
+        self._ranks.run(Batch.of(spans, ids, sampled, carried.places if carried is not None else ()))
+        return super().run(spans, ids, sampled, on_layers, carried)
 
 
 def share(config: WorkerConfig, rank: int) -> WorkerConfig:

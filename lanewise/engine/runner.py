@@ -1,7 +1,7 @@
-"""The engine of a worker: a loaded model, its KV pool, and one forward pass at a time.
+"""The engine of a worker: a loaded model, its KV pool, and forward passes one after the other.
 
-Owns: loading in order (device, cores, weights, pool) and `step`. Must not: decide what to compute (the loops and
-policies do), end or preempt sequences, or be used from two threads.
+Owns: loading in order (device, cores, weights, pool), `launch` and `step`. Must not: decide what to compute (the loops
+and policies do), end or preempt sequences, or be used from two threads.
 """
 
 from __future__ import annotations
@@ -14,26 +14,67 @@ import torch
 from lanewise.config import WorkerConfig
 from lanewise.engine import machine, power, sources, weights
 from lanewise.engine.assemble import Opened, count_pages, make_decoder, open_model
+from lanewise.engine.carried import Carried
 from lanewise.engine.kv_pool import KVPool, layout_of
 from lanewise.engine.model import Decoder, OnLayers
 from lanewise.engine.native_model import NativeModel
 from lanewise.engine.phases import Phases
 from lanewise.engine.ranks import Ranks, share
-from lanewise.engine.sampler import Sampled, sample
+from lanewise.engine.sampler import Drawn, Sampled, draw
 from lanewise.engine.sequence import Sequence
 from lanewise.engine.shard import Shard
 from lanewise.kernels.plan import Span
 from lanewise.request import Sampling
 
-__all__ = ["Engine", "Sampled", "Work"]
+__all__ = ["Engine", "Pending", "Sampled", "Work"]
 
 
 @dataclass(slots=True)
 class Work:
-    """Compute ids[num_computed : num_computed + num_new] of `seq`, whose pages the pool has ensured."""
+    """Compute `num_new` ids of `seq` after those computed or launched; the pool has ensured pages for them.
+
+    One of which the host does not know the id: that which the launch before samples."""
 
     seq: Sequence
     num_new: int
+
+
+class Pending:
+    """A forward pass that was launched. Its sequences' pages belong to it until `result` has been called."""
+
+    def __init__(self, work: list[Work], spans: list[Span], complete: list[bool], drawn: Drawn | None) -> None:
+        self._work = work
+        self._spans = spans
+        self._complete = complete
+        self._drawn = drawn
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` would not wait; on a CPU always."""
+        return self._drawn is None or self._drawn.done
+
+    def result(self) -> list[Sampled | None]:
+        """Waits for the pass, once, in the order of the launches: for each work the token sampled or None.
+
+        Tokens are not appended. What was computed of an id that nobody has appended is nobody's: it does not count."""
+        drawn = iter(self._drawn.result() if self._drawn is not None else ())
+        for item, span in zip(self._work, self._spans, strict=True):
+            seq = item.seq
+            if seq.num_computed != span.num_context:
+                raise RuntimeError(
+                    f"{seq.key}: {seq.num_computed} tokens computed where the launch had {span.num_context}"
+                )
+            seq.num_computed = min(span.num_tokens, len(seq.ids))
+            seq.num_ahead -= item.num_new
+        return [next(drawn) if flag else None for flag in self._complete]
+
+    def carried(self, seqs: dict[int, Sequence]) -> Carried:
+        """The newest id of each of these sequences, which this pass samples."""
+        sampled = [item.seq for item, flag in zip(self._work, self._complete, strict=True) if flag]
+        rows = {id(seq): row for row, seq in enumerate(sampled)}
+        if self._drawn is None or any(id(seq) not in rows for seq in seqs.values()):
+            raise ValueError("the launch before does not sample all ids that are missing")
+        return Carried(self._drawn.tokens, {index: rows[id(seq)] for index, seq in seqs.items()})
 
 
 class Engine:
@@ -103,29 +144,49 @@ class Engine:
         if self._ranks is not None:
             self._ranks.close()
 
-    @torch.inference_mode()
     def step(self, work: list[Work], on_layers: OnLayers | None = None) -> list[Sampled | None]:
-        """One forward pass over all work. Where all ids of a sequence are then computed, its next token is sampled and
-        returned (not appended), else None. `on_layers(lo, hi)` is called when the KV of these layers is in the pool."""
-        for item in work:
-            if not 0 < item.num_new <= item.seq.num_uncomputed:
-                raise ValueError(f"{item.seq.key}: cannot compute {item.num_new} of {item.seq.num_uncomputed} ids")
-            if item.seq.num_computed + item.num_new > len(item.seq.pages) * self.pool.page_tokens:
-                raise ValueError(f"{item.seq.key}: pages have not been ensured")
+        """`launch`, and its result at once: what has been sampled for each work whose ids are then all computed."""
+        return self.launch(work, on_layers).result()
+
+    @torch.inference_mode()
+    def launch(self, work: list[Work], on_layers: OnLayers | None = None, after: Pending | None = None) -> Pending:
+        """Gives the device one forward pass over all work. Where all ids of a sequence are then computed, its next
+        token is sampled. `on_layers(lo, hi)` is called when the KV of these layers is in the pool, before this returns.
+
+        `after`: the launch before, whose result may not have been taken. A sequence all of whose ids are computed or
+        launched is then continued by the id which that samples, taken from where it lies on the device. The caller must
+        know that it does not end there by length; it may end there by what is sampled. On a CPU the pass is over when
+        this returns. ValueError for work that cannot be done; then nothing was launched."""
+        spans, ids, missing = self._read(work)
         if not work:
-            return []
-        spans = [Span(item.seq.pages, item.seq.num_computed, item.num_new) for item in work]
-        ids = [item.seq.ids[item.seq.num_computed : item.seq.num_computed + item.num_new] for item in work]
-        complete = [item.num_new == item.seq.num_uncomputed for item in work]
-        logits = self._decoder.run(spans, ids, complete, self._synchronised(on_layers))
-        for item in work:
-            item.seq.num_computed += item.num_new
-        results: list[Sampled | None] = [None] * len(work)
+            return Pending([], [], [], None)
+        if missing and after is None:
+            raise ValueError(f"{missing[min(missing)].key}: no id is left to compute")
+        carried = after.carried(missing) if missing and after is not None else None
+        complete = [item.num_new >= item.seq.num_uncomputed for item in work]
+        logits = self._decoder.run(spans, ids, complete, self._synchronised(on_layers), carried)
+        drawn = None
         if logits is not None:
-            wanted = [index for index, flag in enumerate(complete) if flag]
-            for index, token in zip(wanted, sample(logits, [work[index].seq for index in wanted]), strict=True):
-                results[index] = token
-        return results
+            rows = [index for index, flag in enumerate(complete) if flag]
+            drawn = draw(logits, [work[index].seq for index in rows], carried.of(rows) if carried is not None else None)
+        for item in work:
+            item.seq.num_ahead += item.num_new
+        return Pending(work, spans, complete, drawn)
+
+    def _read(self, work: list[Work]) -> tuple[list[Span], list[list[int]], dict[int, Sequence]]:
+        """Spans and ids of the work, and by its index in it every sequence whose new id is not among its ids."""
+        spans, ids, missing = [], [], {}
+        for index, item in enumerate(work):
+            seq, start, stop = item.seq, item.seq.num_launched, item.seq.num_launched + item.num_new
+            if stop == start + 1 == len(seq.ids) + 1:
+                missing[index] = seq
+            elif not start < stop <= len(seq.ids):
+                raise ValueError(f"{seq.key}: cannot compute {item.num_new} of {seq.num_uncomputed} ids")
+            if stop > len(seq.pages) * self.pool.page_tokens:
+                raise ValueError(f"{seq.key}: pages have not been ensured")
+            spans.append(Span(seq.pages, start, item.num_new))
+            ids.append(seq.ids[start:stop] or [0])
+        return spans, ids, missing
 
     def warm_up(self) -> None:
         """One short prefill and one decode step, so that the first request meets loaded pages and chosen kernels; then

@@ -31,6 +31,7 @@ class Sequence:
     eos_ids: frozenset[int] = frozenset()
     max_context_tokens: int | None = None  # None: only max_tokens limits it
     num_computed: int = 0  # ids[0:num_computed] have their KV in `pages`
+    num_ahead: int = 0  # of the tokens after these, so many are being computed by launches whose results are not taken
     cached_tokens: int = 0  # of these, how many came from the prefix cache at the last attach
     pages: array[int] = field(default_factory=no_pages)  # C ints: kernels read them where they are
 
@@ -39,8 +40,14 @@ class Sequence:
         return len(self.ids) - self.num_prompt
 
     @property
+    def num_launched(self) -> int:
+        """Tokens computed or being computed: one more than there are ids where the last id is not known yet."""
+        return self.num_computed + self.num_ahead
+
+    @property
     def num_uncomputed(self) -> int:
-        return len(self.ids) - self.num_computed
+        """Ids that no launch has taken. 0: its next token is being sampled."""
+        return len(self.ids) - self.num_computed - self.num_ahead
 
     @property
     def ends_next(self) -> bool:

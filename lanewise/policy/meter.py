@@ -23,6 +23,7 @@ class Meter:
         self._context_tokens = 0
         self._started_at = 0.0
         self._ends_at = 0.0
+        self.took_s = 0.0  # the batch that ended last
 
     def begin(self, chunks: Sequence[Chunk], now: float, *, decoding: int = 0, context_tokens: int = 0) -> None:
         """A batch starts: prefill chunks (new, cached, finishes) beside `decoding` sequences of that context in all."""
@@ -33,7 +34,7 @@ class Meter:
 
     def end(self, now: float) -> None:
         """It ended. Batches of one kind are learned from; a mixed one cannot be told apart."""
-        took_s = now - self._started_at
+        self.took_s = took_s = now - self._started_at
         if not self._decoding:
             self._fit.observe_prefill(self._chunks, took_s)
         elif not self._chunks:

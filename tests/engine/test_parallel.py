@@ -20,6 +20,7 @@ from lanewise.engine.runner import Engine, Work
 from lanewise.engine.shard import Shard
 from lanewise.errors import ConfigError
 from lanewise.request import Sampling
+from tests.engine.test_launch import run, sequences
 from tests.engine.test_native import top_logprobs
 
 GREEDY = Sampling(max_tokens=24, temperature=0.0)
@@ -149,3 +150,21 @@ def test_every_tensor_is_split_exactly_once():
     assert torch.equal(torch.cat(parts("lm_head.weight", weight[:7])), weight[:7])
     assert all(torch.equal(part, bias) for part in parts(layer + "input_layernorm.weight", bias))
     assert array("i", shards[1].vocabulary(7)).tolist() == [4, 5, 6]
+
+
+def test_ranks_take_the_ids_that_rank_0_has_sampled(build_model, load):
+    """A launch ahead: the other ranks learn the ids from rank 0's device, not from its host."""
+    directory, _ = build_model("qwen2", vocab_size=509)
+    plain = run(load(directory, kernels="torch"), sequences_of(509), False)
+    with two_ranks(load, directory) as engine:
+        ahead = run(engine, sequences_of(509), True)
+    assert [[token.token_id for token in said] for said in ahead] == [
+        [token.token_id for token in said] for said in plain
+    ]
+
+
+def sequences_of(vocab: int) -> list[Any]:
+    seqs = sequences(4)
+    for seq in seqs:
+        seq.ids = [token % vocab for token in seq.ids]
+    return seqs

@@ -11,7 +11,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lanewise.engine.sampler import filter_logits, sample
+from lanewise.engine.carried import Carried
+from lanewise.engine.sampler import Sampled, add_noise_together, draw, filter_logits, filter_rows
 from lanewise.engine.sequence import Sequence
 from lanewise.request import Sampling
 
@@ -56,6 +57,11 @@ def test_filters_keep_what_the_definitions_keep(logits, top_k, top_p, min_p):
     filter_logits(row, sampling)
     assert {i for i, value in enumerate(row.tolist()) if value > -math.inf} == expected
     assert all(row[i] == logits[i] for i in expected)
+    # The form of a GPU, on a CPU, beside a row that keeps everything.
+    rows = torch.tensor([logits, logits])
+    filter_rows(rows, [Sampling(max_tokens=1), sampling])
+    assert rows[0].tolist() == logits
+    assert rows[1].tolist() == row.tolist()
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 20.0])
@@ -69,6 +75,10 @@ def test_top_p_on_a_large_vocabulary(scale):
     assert probabilities[kept].sum() >= 0.9 - 1e-4
     assert probabilities[kept].sum() - probabilities[kept].min() < 0.9 + 1e-4
     assert probabilities[kept].min() >= probabilities[~kept].max()
+
+
+def sample(logits: torch.Tensor, seqs: list[Sequence]) -> list[Sampled]:
+    return draw(logits, seqs).result()
 
 
 def one(logits: list[float], sampling: Sampling, ids=(0,), num_prompt=1, eos=frozenset()) -> int:
@@ -111,6 +121,59 @@ def test_logprobs_are_the_models_own():
     assert [value for _, value in result.top] == pytest.approx([float(expected[1]), float(expected[2])])
     zero = sample(logits, [Sequence(("r", 1), [0], 1, replace(sampling, logprobs=0))])[0]
     assert (zero.logprob, zero.top) == (result.logprob, ())
+
+
+SAMPLINGS = st.builds(
+    Sampling,
+    max_tokens=st.just(9),
+    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+    top_k=st.sampled_from([0, 5]),
+    top_p=st.sampled_from([1.0, 0.8]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    presence_penalty=st.sampled_from([0.0, 0.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.4]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    logit_bias=st.sampled_from([{}, {2: 1.5, 4: -1.0}]),
+    seed=st.integers(0, 2**64 - 1),
+    min_tokens=st.integers(0, 4),
+    stop_token_ids=st.sampled_from([frozenset(), frozenset({1, 3})]),
+    logprobs=st.sampled_from([None, 0, 3]),
+)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(SAMPLINGS, st.lists(st.integers(0, 11), min_size=1, max_size=6), st.booleans()), min_size=1
+    ),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=200, deadline=None)
+def test_an_id_that_the_host_does_not_know_counts_as_any_other(rows, seed):
+    """The newest id of some rows lies where the draw before left it: token and log probabilities are the same."""
+    logits = torch.randn(len(rows), 12, generator=torch.Generator().manual_seed(seed)) * 2
+    whole = [Sequence(("r", i), ids, 1, sampling) for i, (sampling, ids, _) in enumerate(rows)]
+    ahead = [i for i, (_, ids, unknown) in enumerate(rows) if unknown and len(ids) > 1]
+    known = [
+        Sequence(("r", i), seq.ids[:-1] if i in ahead else seq.ids, 1, seq.sampling) for i, seq in enumerate(whole)
+    ]
+    tokens = torch.tensor([11, *(whole[i].ids[-1] for i in ahead)])
+    carried = Carried(tokens, {row: place for place, row in enumerate(ahead, 1)})
+    assert draw(logits, known, carried).result() == sample(logits, whole)
+
+
+@given(rows=st.lists(SAMPLINGS, min_size=1, max_size=9), seed=st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_all_rows_at_once_draw_what_each_draws(rows, seed):
+    """The form of a GPU, on a CPU: no answer of the device is needed for it. Rows that are greedy stay as they are."""
+    logits = torch.randn(len(rows), 300, generator=torch.Generator().manual_seed(seed))
+    plain = [Sampling(9, s.temperature, s.top_p, s.top_k, s.min_p, seed=s.seed) for s in rows]
+    seqs = [Sequence(("r", i), [0] * (1 + i), 1, sampling) for i, sampling in enumerate(plain)]
+    noisy = logits.clone()
+    positions = {i: len(seq.ids) for i, seq in enumerate(seqs) if seq.sampling.temperature > 0}
+    if positions:
+        add_noise_together(noisy, seqs, positions)
+    assert noisy.argmax(-1).tolist() == [sampled.token_id for sampled in sample(logits, seqs)]
+    assert all(torch.equal(noisy[i], logits[i]) for i in range(len(rows)) if i not in positions)
 
 
 def test_sampling_follows_the_distribution():

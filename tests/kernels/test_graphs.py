@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported and when a kernel is defined
 pytest.importorskip("triton")
 
+from lanewise.engine.carried import Carried
 from lanewise.engine.checkpoint import Checkpoint
 from lanewise.engine.graphs import Budget, GraphedDecoder, Size, choose, sizes
 from lanewise.engine.model_config import read_model_config
@@ -90,6 +91,35 @@ def test_a_filled_up_batch_is_the_batch(batch, decoder):
     assert (logits is None) == (plain_logits is None) == (not any(sampled))
     if logits is not None and plain_logits is not None:
         torch.testing.assert_close(logits, plain_logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch", ["decode filled up", "prompts after cached ones, one unfinished, beside decode"])
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_ids_are_taken_from_the_device(graphs, batch, decoder):
+    """The id of a decode row that a launch before has left on the device: the same logits and KV, to the bit."""
+    shapes, sampled = BATCHES[batch]
+    generator = torch.Generator().manual_seed(3)
+    order = torch.randperm(PAGES, generator=generator).tolist()
+    spans = [Span([order.pop() for _ in range(-(-(old + new) // PAGE))], old, new) for old, new in shapes]
+    ids = [torch.randint(0, 64, (new,), generator=generator).tolist() for _, new in shapes]
+    before = [torch.randn(layer.shape, generator=generator).to(DEVICE) for layer in decoder.cache]
+    rows = [index for index, (_, new) in enumerate(shapes) if new == 1]
+    assert rows
+    # What was sampled lies in another order, among others.
+    tokens = torch.tensor([63, *(ids[index][0] for index in reversed(rows)), 62], device=DEVICE)
+    carried = Carried(tokens, {index: len(rows) - place for place, index in enumerate(rows)})
+    unknown = [[0] if index in rows else part for index, part in enumerate(ids)]
+    found = []
+    for given, known in ((ids, None), (unknown, carried)):
+        for layer, old in zip(decoder.cache, before, strict=True):
+            layer.copy_(old)
+        with torch.inference_mode():
+            run = decoder.run if graphs else super(GraphedDecoder, decoder).run
+            logits = run(spans, given, sampled, None, known)
+        found.append((logits.clone(), [layer.clone() for layer in decoder.cache]))
+    (logits, kv), (carried_logits, carried_kv) = found
+    assert torch.equal(logits, carried_logits)
+    assert all(torch.equal(left, right) for left, right in zip(kv, carried_kv, strict=True))
 
 
 def test_sizes_are_chosen_by_what_they_hold():
