@@ -75,8 +75,8 @@ def channel(
             open_channel.close()
 
 
-def carried(source: Engine, target: Engine, over: Channel, driver: Any) -> tuple[Sequence, bytes]:
-    """A sequence in `target` whose prompt `source` computed, sent layer by layer while it was; and the KV there."""
+def carried(source: Engine, target: Engine, over: Channel, driver: Any) -> tuple[Sequence, Sequence]:
+    """A sequence of `source` and one of `target` that has its KV, sent layer by layer while it was computed."""
     (first,), (second,) = driver().open([PROMPT], GREEDY), driver().open([PROMPT], GREEDY)
     if source is target:
         second.key = ("other", 1)
@@ -94,16 +94,15 @@ def carried(source: Engine, target: Engine, over: Channel, driver: Any) -> tuple
     over.sender.commit(key, Token(*key, 0, sampled.token_id))
     assert over.received.wait(Committed, key).received_tokens == len(PROMPT)
     over.sent.wait(Delivered, key)
-    kv = source.pool.read(first.pages, *everything(source)).tobytes()
-    source.pool.release(first)
     second.ids.append(sampled.token_id)
     second.num_computed = len(PROMPT)
-    return second, kv
+    return first, second
 
 
-def everything(engine: Engine) -> tuple[range, range, range]:
-    """The prompt, all layers, all heads."""
-    return range(len(PROMPT)), range(engine.pool.layout.num_layers), range(engine.pool.layout.num_kv_heads)
+def kv_of(engine: Engine, seq: Sequence) -> np.ndarray:
+    """Of the prompt, all layers, all heads."""
+    layout = engine.pool.layout
+    return engine.pool.read(seq.pages, range(len(PROMPT)), range(layout.num_layers), range(layout.num_kv_heads))
 
 
 class Between:
@@ -139,15 +138,16 @@ def test_ranks_send_their_own_heads_once_and_the_text_is_that_of_one(build_model
             for direct in (True, False):
                 between.got = between.given = 0
                 with channel(source, target, direct, monkeypatch) as over:
-                    second, kv = carried(source, target, over, driver)
-                assert target.pool.read(second.pages, *everything(target)).tobytes() == kv
+                    first, second = carried(source, target, over, driver)
+                assert between.got == (kv_bytes // 2 if source is ranked else 0)
+                assert between.given == (kv_bytes // 2 if target is ranked else 0)
+                assert np.array_equal(kv_of(source, first), kv_of(target, second))
+                source.pool.release(first)
                 seen = [chunk.slice for chunk in over.chunks]
                 assert len(seen) > 4
                 assert covers(seen, range(len(PROMPT)), layout)
                 heads = {(piece.head_lo, piece.head_hi) for piece in seen}
                 assert heads == (halves if source is ranked else {(0, 2 * each)})
-                assert between.got == (kv_bytes // 2 if source is ranked else 0)
-                assert between.given == (kv_bytes // 2 if target is ranked else 0)
                 assert driver().run(target, [second]) == [expected]
     finally:
         ranked.close()
@@ -157,13 +157,14 @@ def test_heads_of_two_ranks_are_encoded_as_those_of_one(build_model, load, drive
     ranked = load(build_model("qwen3")[0], tensor_parallel=2, threads=2)
     try:
         with channel(ranked, ranked, True, monkeypatch, "Int8") as over:
-            second, kv = carried(ranked, ranked, over, driver)
+            first, second = carried(ranked, ranked, over, driver)
+        native = kv_of(ranked, first)
         encoding, layers = Encoding(wire_layout(ranked.pool.layout, "Int8")), ranked.pool.layout.num_layers
         wire = np.empty(encoding.layout.wire_bytes(len(PROMPT), layers), np.uint8)
-        encoding.encode(np.frombuffer(kv, np.uint8), len(PROMPT), layers, wire)
+        encoding.encode(native, len(PROMPT), layers, wire)
         expected = encoding.decode(wire.data, len(PROMPT), layers)
-        assert np.array_equal(ranked.pool.read(second.pages, *everything(ranked)), expected)
-        assert expected.tobytes() != kv
+        assert np.array_equal(kv_of(ranked, second), expected)
+        assert not np.array_equal(native, expected)
     finally:
         ranked.close()
 
