@@ -112,7 +112,7 @@ def take(step: Step, life: Life, load: Load, counters: Counters) -> None:
 def carrying(least: int, victims: set[str], life: Life, load: Load) -> dict[str, list[Stream]]:
     """Streams past their first token and far from their end, by the pods that may be hit; `least` have some."""
     assert victims
-    found = life.carried(load.generating())
+    found = life.carried(stream for stream in load.generating() if stream.num_events <= YOUNG)
     young = {pod: [s for s in found.get(pod, ()) if s.generating and s.num_events <= YOUNG] for pod in victims}
     loaded = [pod for pod, streams in young.items() if streams]
     assert len(loaded) >= least, f"streams on {loaded} alone"
