@@ -5,6 +5,7 @@ Owns: the resource, waiting for what was asked for, weights that say something e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 from tests.cluster.fleet import HTTP_PORT
 from tests.cluster.kube.cluster import Cluster, condition
-from tests.cluster.kube.tools import wait_for
+from tests.cluster.kube.tools import CommandFailed, TimedOut, wait_for
 from tests.cluster.load import Stream
 from tests.cluster.placed import placements
 from tests.e2e.models import FABLE
@@ -25,6 +26,7 @@ MODEL = "fable"
 MODELS_MOUNT = "/models"
 READY_DEADLINE_S = 120
 STEP_DEADLINE_S = 120
+LAST_LINES = 40
 
 
 @dataclass
@@ -84,7 +86,22 @@ class Life:
             found = {pod["metadata"]["uid"] for pod in self.pods(role, ready=False)}
             return found == self.uids(role) and len(found) == count and not found & (without or set())
 
-        wait_for(settled, f"{count} new {role} pods", STEP_DEADLINE_S, poll_s=0.3)
+        try:
+            wait_for(settled, f"{count} new {role} pods", STEP_DEADLINE_S, poll_s=0.3)
+        except TimedOut as error:
+            raise TimedOut(f"{error}\n{self.found(role)}") from None
+
+    def found(self, role: str) -> str:
+        """The pods of a role, and the last that those said which are not ready or on their way out."""
+        lines = []
+        for pod in self.pods(role, ready=False):
+            meta = pod["metadata"]
+            leaving, ready = meta.get("deletionTimestamp", ""), condition(pod, "Ready")
+            lines.append(f"{meta['name']} {pod['status'].get('phase')}, Ready {ready}, deleted {leaving or 'not'}")
+            if leaving or ready != "True":
+                with contextlib.suppress(CommandFailed):  # it has gone meanwhile
+                    lines.append(self.cluster.logs(meta["name"], self.namespace, f"--tail={LAST_LINES}"))
+        return "\n".join(lines)
 
     def is_altered(self, stream: Stream) -> bool:
         return not any(known[stream.prompt] == stream.text for known in self.expected)

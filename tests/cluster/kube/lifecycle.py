@@ -169,6 +169,7 @@ def _boot(claim: Claim, detached: bool) -> Running:
         )
     running = Running(slot, 0, claim, process)
     running.pid = _wait(lambda: _peer_or_none(slot), "the supervisor", START_DEADLINE_S, process)
+    machine.enroll(slot, running.pid)
     machine.connect(slot, running.pid)
     return running
 

@@ -15,8 +15,13 @@ from tests.cluster.kube.slots import Slot
 COMMAND_DEADLINE_S = 30
 CGROUPS_GONE_DEADLINE_S = 20.0
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-WEIGHTS = {"cpu.shares": "16384", "cpu.weight": "1600"}
-"""All pods together against the processes of the machine: as sixteen of these, else one busy neighbour halves them."""
+DAEMONS = "daemons"
+WEIGHTS = {"cpu.shares": 3072, "cpu.weight": 300}
+"""A cluster against the processes of the machine: as three of these, else one busy neighbour halves it. No more, since
+the users of its services are such processes too, and decide nothing while they wait."""
+AMONG_PODS = {"cpu.shares": 8192, "cpu.weight": 800}
+"""The control plane against all pods (2048 on two cores). Without room of its own it waits behind workers that compute:
+a call goes through four of its processes, and then takes seconds, while operators lose their leases."""
 
 
 def command(*argv: str) -> str:
@@ -64,12 +69,30 @@ def make_cgroups(slot: Slot) -> None:
             (hierarchy / "cgroup.subtree_control").write_text(enabled)
         folder = hierarchy / slot.cgroup.strip("/")
         folder.mkdir(exist_ok=True)
+        _weigh(folder, WEIGHTS)
         for name in ("cpuset.cpus", "cpuset.mems"):  # version 1: empty until copied from the parent
             if (folder / name).exists() and (hierarchy / name).exists():
                 (folder / name).write_text((hierarchy / name).read_text())
-        for name, weight in WEIGHTS.items():
-            if (folder / name).exists():
-                (folder / name).write_text(weight)
+
+
+def enroll(slot: Slot, pid: int) -> None:
+    """Process `pid` and what it will start are the cluster's control plane: they share the cluster's processor time."""
+    for hierarchy in hierarchies():
+        cluster = hierarchy / slot.cgroup.strip("/")
+        if not any((cluster / name).exists() for name in WEIGHTS):
+            continue  # a hierarchy of version 1 that is about something else
+        if (control := cluster / "cgroup.subtree_control").exists():
+            control.write_text("+cpu")
+        folder = cluster / DAEMONS
+        folder.mkdir(exist_ok=True)
+        _weigh(folder, AMONG_PODS)
+        (folder / "cgroup.procs").write_text(str(pid))
+
+
+def _weigh(folder: Path, weights: dict[str, int]) -> None:
+    for name, weight in weights.items():
+        if (folder / name).exists():
+            (folder / name).write_text(str(weight))
 
 
 def remove_cgroups(slot: Slot) -> None:
