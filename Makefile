@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install up down test test-fast test-cluster cluster-programs cluster cluster-down lint soak bench bench-sim clean
+.PHONY: help install up down test test-fast test-gpu test-cluster cluster-programs cluster cluster-down lint soak bench bench-gpu bench-sim clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -36,6 +36,10 @@ test: install lint cluster-programs  ## everything that guards a merge
 test-fast: install lint  ## without real processes
 	$(BIN)/pytest -m 'not slow and not e2e and not chaos and not cluster'
 
+test-gpu: install  ## kernels, graphs and ranks on the GPU that is here; without one they run in `make test`, interpreted
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU here")'
+	$(BIN)/pytest -m gpu -W default $(ARGS)
+
 test-cluster: install cluster-programs  ## on a real Kubernetes, which is built once and started here (Linux as root)
 	$(BIN)/pytest -m 'cluster and not slow' $(ARGS)
 
@@ -57,6 +61,9 @@ bench: bench-sim  ## measurements; never part of the tests
 	$(BIN)/python benchmarks/kv_channel.py
 	$(BIN)/python benchmarks/kernels.py
 	-$(BIN)/python benchmarks/scaling_table.py
+
+bench-gpu: install  ## the table of docs/performance.md for a GPU: ARGS='--shape 32b --json gpu.json'
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench-sim: install  ## the scheduling tables of docs/scheduling.md
 	-$(BIN)/python benchmarks/sim_table.py

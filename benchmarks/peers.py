@@ -126,7 +126,6 @@ def make_model(directory: Path) -> None:
     """117.8 M parameters, 12 KiB of KV per token in bf16, tied embeddings; the tokenizer knows single bytes."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
@@ -142,8 +141,15 @@ def make_model(directory: Path) -> None:
         eos_token_id=2,
     )
     transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    write_tokenizer(directory, config.vocab_size)
+
+
+def write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Single bytes, three special tokens, and words that no text holds up to the size of the vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     words = [*(f"<{i}>" for i in range(3)), *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    words += [f"<{i}>" for i in range(len(words), 32_000)]
+    words += [f"<{i}>" for i in range(len(words), vocab_size)]
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -173,10 +179,18 @@ def choose(options: argparse.Namespace, folder: Path) -> Iterator[Server]:
         yield Server("vllm", command, url, f"{url}/models", environment, pausable=True)
 
 
-def lanewise(name: str, disaggregation: str, model: Path, folder: Path) -> Server:
-    workers = {"replicas": 1, "kvCacheMemory": "512Mi"}
+def lanewise(
+    name: str,
+    disaggregation: str,
+    model: Path,
+    folder: Path,
+    *,
+    kv_memory: str | None = "512Mi",
+    context_tokens: int = 2048,
+) -> Server:
+    workers = {"replicas": 1, **({"kvCacheMemory": kv_memory} if kv_memory else {})}
     spec = {
-        "model": {"servedName": "m", "uri": f"file://{model}", "maxContextTokens": 2048},
+        "model": {"servedName": "m", "uri": f"file://{model}", "maxContextTokens": context_tokens},
         "disaggregation": disaggregation,
         "prefill": workers,
         "decode": workers,

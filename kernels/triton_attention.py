@@ -4,6 +4,8 @@ Owns: the two kernels, the reduction between splits, their launch. Must not: kno
 Triton decides at import whether it interprets (TRITON_INTERPRET=1) or compiles for a GPU.
 
 Splits and KV blocks lie at absolute positions and are added in order, so a row's result does not depend on the batch.
+What varies between batches is not specialised: a first table one page or 16 pages wide would wait for the compiler.
+Products are "ieee": in fp32 a GPU would else keep ten bits of each factor (tf32). Shorter types are not touched by it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from .plan import Span
 SPLIT_TOKENS = 512
 MIN_DOT = 16  # the smallest side tl.dot takes
 
-
 A = TypeVar("A")
 
 
@@ -41,7 +42,7 @@ class TritonPlan(Generic[A]):
     max_tokens: int  # of any decode row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_splits"])
 def _decode_kernel(
     query, keys, values, table, decode, partial, summary, scale, window, num_splits, table_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
@@ -69,13 +70,13 @@ def _decode_kernel(
         page = tl.load(table + sequence * table_stride + at // PAGE, mask=at < high, other=0).to(tl.int64)
         place = ((page * PAGE + at % PAGE) * KV_HEADS + kv_head) * DIM
         k = tl.load(keys + place[:, None] + dims[None, :], mask=seen[:, None], other=0.0)
-        scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
+        scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
         best = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(best == float("-inf"), 0.0, best)
         factor = tl.exp(top - safe)
         weights = tl.exp(scores - safe[:, None])
         v = tl.load(values + place[:, None] + dims[None, :], mask=seen[:, None], other=0.0)
-        out = out * factor[:, None] + tl.dot(weights.to(v.dtype), v)
+        out = out * factor[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total = total * factor + tl.sum(weights, 1)
         top = best
     to = (index * HEADS + heads) * num_splits + split
@@ -84,7 +85,7 @@ def _decode_kernel(
     tl.store(summary + to * 2 + 1, total, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _combine_kernel(
     partial, summary, decode, out, num_splits, HEADS: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr
 ):
@@ -110,7 +111,7 @@ def _combine_kernel(
     tl.store(out + (row * HEADS + head) * DIM + dims, (result / total).to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _prompt_kernel(
     query, keys, values, table, tiles, out, scale, window, table_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
@@ -141,13 +142,13 @@ def _prompt_kernel(
         k = tl.load(keys + place[:, None] + dims[None, :], mask=there[:, None], other=0.0)
         mine = position + offsets
         seen = (at[None, :] <= mine[:, None]) & (at[None, :] > mine[:, None] - window) & there[None, :]
-        scores = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, float("-inf"))
+        scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
         best = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(best == float("-inf"), 0.0, best)
         factor = tl.exp(top - safe)
         weights = tl.exp(scores - safe[:, None])
         v = tl.load(values + place[:, None] + dims[None, :], mask=there[:, None], other=0.0)
-        result = result * factor[:, None] + tl.dot(weights.to(v.dtype), v)
+        result = result * factor[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total = total * factor + tl.sum(weights, 1)
         top = best
     total = tl.where(used, total, 1.0)
@@ -165,8 +166,8 @@ class TritonAttention:
         self.page_tokens = page_tokens
         self.dtype = dtype
         self.device = device
-        self.block_tokens = 64
-        self.tile_rows = 64
+        # Larger ones in fp32, and each thread keeps kilobytes in memory for want of registers.
+        self.block_tokens, self.tile_rows = (32, 16) if dtype == torch.float32 else (64, 64)
         self.split_tokens = SPLIT_TOKENS
 
     def plan(self, spans: Sequence[Span]) -> TritonPlan[torch.Tensor]:
@@ -212,10 +213,15 @@ class TritonAttention:
         cache: torch.Tensor,
         query: torch.Tensor,
         window: int | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Output [rows, heads, head_dim] for query [rows, heads, head_dim]; the new KV has been written already."""
-        # Zeros: rows that only fill up a captured batch are computed by nobody, and what lay there may be no number.
-        query, out = query.contiguous(), torch.zeros_like(query)
+        """Output [rows, heads, head_dim] for query [rows, heads, head_dim]; the new KV has been written already.
+
+        It goes to `out` where that is given, in which rows that belong to no sequence stay as they are."""
+        query = query.contiguous()
+        if out is None:
+            # Zeros: rows that only fill up a captured batch are nobody's, and what lay there may be no number.
+            out = torch.zeros_like(query)
         seen = window or 1 << 30
         if len(plan.tiles):
             self._prompts(plan, cache, query, out, seen)

@@ -12,7 +12,7 @@ import triton.language as tl
 COLUMNS, DEPTH = 64, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # or the first batch of 1, and of 16, would wait for the compiler
 def _bytes_kernel(
     rows, weight, scales, bias, out, count, outputs, size,
     HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -29,7 +29,7 @@ def _bytes_kernel(
         bytes_ = tl.load(
             weight + column[:, None] * size + at[None, :], mask=in_columns[:, None] & there[None, :], other=0
         )
-        total += tl.dot(left, tl.trans(bytes_.to(left.dtype)))
+        total += tl.dot(left, tl.trans(bytes_.to(left.dtype)), input_precision="ieee")
     total = total * tl.load(scales + column, mask=in_columns, other=0.0)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]

@@ -85,15 +85,18 @@ def rotate_and_write(
     sin: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor] | None,
     eps: float,
+    query: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Query [rows, heads, dim], rotated; keys (rotated) and values go to `slots` of cache [2, pages, page, heads, dim].
 
     `qkv` is [rows, heads + 2 * kv_heads, dim], cos and sin [rows, dim / 2], `norms` the weights of query and key norm.
+    The query is written to `query` where that is given.
     """
     rows, all_heads, dim = qkv.shape
     kv_heads = cache.shape[3]
     heads = all_heads - 2 * kv_heads
-    query = torch.empty((rows, heads, dim), dtype=qkv.dtype, device=qkv.device)
+    if query is None:
+        query = torch.empty((rows, heads, dim), dtype=qkv.dtype, device=qkv.device)
     query_norm, key_norm = norms or (cos, cos)
     _heads_kernel[rows, all_heads](
         qkv.contiguous(), query, cache[0], cache[1], cos.contiguous(), sin.contiguous(), slots, query_norm, key_norm,
@@ -103,7 +106,7 @@ def rotate_and_write(
     return query
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # or the first call with 1, and with 16, would wait for the compiler
 def _copy_kernel(pool, rows, slots, half_stride, count, size, TO_ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """One token's K or V between its slot of the pool and its row."""
     token, which = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)

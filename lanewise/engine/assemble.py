@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -24,6 +25,9 @@ from lanewise.engine.shard import Shard
 from lanewise.errors import ConfigError
 from lanewise.kernels.native import CannotBuild
 from lanewise.kernels.select import select_attention
+
+if TYPE_CHECKING:
+    from lanewise.kernels.triton_attention import TritonAttention
 
 log = structlog.get_logger(__name__)
 
@@ -93,17 +97,11 @@ def make_decoder(
 
 
 def _triton_decoder(config: WorkerConfig, model_config: ModelConfig, loaded: weights.Weights, pool: KVPool) -> Decoder:
-    if pool.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError("kernels: triton needs a GPU; this worker's device is cpu")
-    from lanewise.engine.graphs import Budget, GraphedDecoder
+    attention = triton_attention(model_config, config.page_tokens, loaded.norm.dtype, pool.device)
+    from lanewise.engine.capturing import Budget
+    from lanewise.engine.graphs import GraphedDecoder
     from lanewise.engine.triton_model import TritonDecoder
-    from lanewise.kernels.triton_attention import TritonAttention
 
-    dim, kv_heads = model_config.head_dim, model_config.num_kv_heads
-    try:
-        attention = TritonAttention(dim, kv_heads, config.page_tokens, loaded.norm.dtype, pool.device)
-    except ValueError as error:
-        raise ConfigError(f"kernels: triton: {error}") from error
     if pool.device.type == "cpu" or not config.graph_capture_s:
         return TritonDecoder(model_config, loaded, attention, pool.layers)
     decoder = GraphedDecoder(model_config, loaded, attention, pool.layers)
@@ -111,6 +109,20 @@ def _triton_decoder(config: WorkerConfig, model_config: ModelConfig, loaded: wei
     budget = Budget(config.graph_capture_s, config.graph_memory_bytes)
     decoder.prepare(context, config.max_running, config.max_batch_tokens, budget)
     return decoder
+
+
+def triton_attention(
+    model_config: ModelConfig, page_tokens: int, dtype: torch.dtype, device: torch.device
+) -> TritonAttention:
+    """ConfigError where the Triton kernels cannot serve. Triton is imported here and nowhere before."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("kernels: triton needs a GPU; this worker's device is cpu")
+    from lanewise.kernels.triton_attention import TritonAttention
+
+    try:
+        return TritonAttention(model_config.head_dim, model_config.num_kv_heads, page_tokens, dtype, device)
+    except ValueError as error:
+        raise ConfigError(f"kernels: triton: {error}") from error
 
 
 def count_pages(config: WorkerConfig, opened: Opened, loaded: weights.Weights) -> int:

@@ -21,7 +21,7 @@ from lanewise.engine import weights
 from lanewise.engine.assemble import open_model
 from lanewise.engine.carried import Carried
 from lanewise.engine.kv_pool import KVPool, layout_of
-from lanewise.engine.parallel_model import ParallelDecoder, join, open_store
+from lanewise.engine.parallel_model import ParallelDecoder, join, open_store, parallel_decoder
 from lanewise.engine.pipe import Batch, Copy, Lost, Setup, receive, send
 from lanewise.engine.shard import Shard
 from lanewise.errors import ConfigError
@@ -62,7 +62,7 @@ def _prepare(batches: socket.socket, setup: Setup) -> tuple[ParallelDecoder, KVP
     send(batches, b"loaded")
     num_pages = msgspec.msgpack.decode(receive(batches), type=int)
     pool = KVPool(layout_of(shard.config(opened.config), opened.dtype), num_pages, config.page_tokens, opened.device)
-    decoder = ParallelDecoder(opened, loaded, pool, shard)
+    decoder = parallel_decoder(config.kernels, opened, loaded, pool, shard)
     join(shard, open_store(setup.size, setup.port), opened.device)
     send(batches, b"joined")
     return decoder, pool

@@ -1,35 +1,37 @@
-"""Captured CUDA graphs: decode by batch size, ragged short prompts by their total of new tokens.
+"""Captured CUDA graphs: decode by batch size, ragged short prompts by their total of new tokens; pieces for the others.
 
-Owns: the sizes that are captured, the buffers they read, filling a batch up to a size, and the budget of capturing.
+Owns: the sizes that are captured whole, the buffers they read, filling a batch up to a size, what is captured first.
 Must not: change what is computed: a row that fills up has no slot for its KV, and its result is read by nobody.
 **Not yet run on a GPU.** On a CPU the same buffers are computed from eagerly in Triton's interpreter, which the tests
 compare with the plain path.
 
 One graph takes any mixture of prompts and decode rows of its size: page tables, tiles and lengths are data, attention
-grids are as large as they can get, and what is not needed of them ends at once.
+grids are as large as they can get, and what is not needed of them ends at once. Longer prompts, and those whose KV is
+announced layer by layer, run in pieces (pieces.py).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import structlog
 import torch
 
+from lanewise.engine.capturing import Budget, Recorder
 from lanewise.engine.carried import Carried
 from lanewise.engine.model import OnLayers
+from lanewise.engine.pieces import Pieces
 from lanewise.engine.triton_model import TritonDecoder
-from lanewise.kernels.copies import staged
+from lanewise.kernels.copies import staged, upload
 from lanewise.kernels.plan import Span
 from lanewise.kernels.triton_attention import TritonPlan
 
 PROMPT_ROWS = (16, 32, 64, 96, 128, 192, 256)  # about up to twice the knee of an H200: padding is nearly free below it
 PROMPT_SPANS = 16
-WARM_RUNS = 2
 
 log = structlog.get_logger(__name__)
 
@@ -41,14 +43,6 @@ class Size:
     rows: int
     spans: int
     tiles: int
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What capturing may take: wall time, and device memory beside weights and KV."""
-
-    seconds: float
-    num_bytes: int
 
 
 def sizes(max_running: int, max_rows: int, tile_rows: int) -> list[Size]:
@@ -81,12 +75,14 @@ class GraphedDecoder(TritonDecoder):
         """Makes the buffers and captures what the budget allows; on a CPU nothing is captured and every size is run."""
         wanted = sizes(max_running, max_rows, self._kernels.tile_rows)
         self._max_tokens = max_context_tokens
-        self._buffers = self._make_buffers(wanted, -(-max_context_tokens // self._kernels.page_tokens))
+        self._buffers = self._make_buffers(wanted, -(-max_context_tokens // self._kernels.page_tokens), max_rows)
         self._captured: dict[Size, tuple[torch.cuda.CUDAGraph | None, torch.Tensor]] = {}
+        self._pieces = Pieces(self, self._buffers, max_rows)
         if self._kernels.device.type == "cuda":
-            self._capture(wanted, budget)
+            self._capture(wanted, Recorder(budget, self._kernels.device))
         else:
             self._captured = {size: (None, torch.empty(0)) for size in wanted}
+            self._pieces.prepare(None)
 
     def run(
         self,
@@ -97,22 +93,41 @@ class GraphedDecoder(TritonDecoder):
         carried: Carried | None = None,
     ) -> torch.Tensor | None:
         size = choose(list(self._captured), spans) if on_layers is None else None
-        if size is None:
+        rows = size.rows if size is not None else self._pieces.choose(sum(span.num_new for span in spans))
+        if rows is None:
             return super().run(spans, ids, sampled, on_layers, carried)
         host = self._kernels.host_plan(spans)
-        self._fill(size, host, [token for part in ids for token in part], sampled)
+        self._fill_rows(rows, host, [token for part in ids for token in part])
         if carried is not None:
             carried.put(self.carry(carried), self._buffers["ids"], host.ends)
+        last = np.array([end - 1 for end, flag in zip(host.ends, sampled, strict=True) if flag], dtype=np.int64)
+        if size is not None:
+            logits = self._run_whole(size, host, last)
+        else:
+            hidden = self._pieces.run(rows, self._device_plan(rows, host), on_layers)
+            logits = self.logits(hidden[upload(last, hidden.device)]) if len(last) else None
+        return logits
+
+    def _run_whole(self, size: Size, host: TritonPlan[np.ndarray], last: np.ndarray) -> torch.Tensor | None:
+        self._fill_spans(size, host, last)
         graph, logits = self._captured[size]
         if graph is None:
             logits = self._compute(size)
         else:
             graph.replay()
-        return logits[: sum(sampled)] if any(sampled) else None
+        return logits[: len(last)] if len(last) else None
 
-    def _make_buffers(self, wanted: list[Size], num_pages: int) -> dict[str, torch.Tensor]:
+    def _device_plan(self, rows: int, host: TritonPlan[np.ndarray]) -> TritonPlan[torch.Tensor]:
+        """For attention between pieces: that of the batch itself."""
+        device, b = self._kernels.device, self._buffers
+        table, decode, tiles = (upload(array, device) for array in (host.table, host.decode, host.tiles))
+        positions, slots = b["positions"][:rows], b["slots"][:rows]
+        return TritonPlan(host.order, host.ends, positions, slots, table, decode, tiles, host.max_tokens)
+
+    def _make_buffers(self, wanted: list[Size], num_pages: int, max_rows: int) -> dict[str, torch.Tensor]:
         device = self._kernels.device
         rows, spans, tiles = (max(getattr(size, name) for size in wanted) for name in ("rows", "spans", "tiles"))
+        rows = max(rows, max_rows)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -127,24 +142,24 @@ class GraphedDecoder(TritonDecoder):
             "tiles": zeros(tiles, 4, dtype=torch.int32),
         }
 
-    def _fill(self, size: Size, host: TritonPlan[np.ndarray], ids: list[int], sampled: Seq[bool]) -> None:
-        """The batch into the buffers, filled up to `size`. They may still be read by the replay before: copies wait for
-        it on the device, the host does not."""
-        last = [end - 1 for end, flag in zip(host.ends, sampled, strict=True) if flag]
-        parts = (
-            ("ids", np.array(ids), size.rows, 0),
-            ("positions", host.positions, size.rows, 0),
-            ("slots", host.slots, size.rows, -1),
-            ("wanted", np.array(last, dtype=np.int64), size.spans, 0),
-            ("decode", host.decode, size.spans, 0),
-            ("tiles", host.tiles, size.tiles, 0),
-        )
-        for name, values, count, filler in parts:
-            padded = np.full((count, *values.shape[1:]), filler, dtype=values.dtype)
-            padded[: len(values)] = values
-            self._buffers[name][:count].copy_(staged(padded, self._kernels.device), non_blocking=True)
+    def _fill_rows(self, rows: int, host: TritonPlan[np.ndarray], ids: list[int]) -> None:
+        """The new tokens into the buffers, filled up to `rows`."""
+        self._put("ids", np.array(ids, dtype=np.int64), rows, 0)
+        self._put("positions", host.positions, rows, 0)
+        self._put("slots", host.slots, rows, -1)
+
+    def _fill_spans(self, size: Size, host: TritonPlan[np.ndarray], last: np.ndarray) -> None:
+        self._put("wanted", last, size.spans, 0)
+        self._put("decode", host.decode, size.spans, 0)
+        self._put("tiles", host.tiles, size.tiles, 0)
         table = staged(host.table, self._kernels.device)
         self._buffers["table"][: len(table), : table.shape[1]].copy_(table, non_blocking=True)
+
+    def _put(self, name: str, values: np.ndarray, count: int, filler: int) -> None:
+        """They may still be read by the replay before: copies wait for it on the device, the host does not."""
+        padded = np.full((count, *values.shape[1:]), filler, dtype=values.dtype)
+        padded[: len(values)] = values
+        self._buffers[name][:count].copy_(staged(padded, self._kernels.device), non_blocking=True)
 
     def _compute(self, size: Size) -> torch.Tensor:
         """Logits [spans of the size, vocab] from what is in the buffers; this is what a graph holds."""
@@ -162,30 +177,21 @@ class GraphedDecoder(TritonDecoder):
         hidden = self._forward(b["ids"][: size.rows], plan, None)
         return self.logits(hidden[b["wanted"][: size.spans]])
 
-    def _capture(self, wanted: list[Size], budget: Budget) -> None:
-        """Large sizes first, since smaller ones then fit into their memory; what the budget leaves out is said."""
-        device = self._kernels.device
-        started, before = time.monotonic(), torch.cuda.memory_reserved(device)
-        pool = torch.cuda.graph_pool_handle()
+    def _capture(self, wanted: list[Size], recorder: Recorder) -> None:
+        """What is used most first; what the budget leaves out is said."""
         for size in _by_use(wanted):
-            used = torch.cuda.memory_reserved(device) - before
-            if time.monotonic() - started > budget.seconds or used > budget.num_bytes:
-                break
-            for _ in range(WARM_RUNS):  # compiles kernels, chooses products
-                self._compute(size)
-            torch.cuda.synchronize(device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits = self._compute(size)
-            graph.replay()  # the first is slower
-            self._captured[size] = graph, logits
-        torch.cuda.synchronize(device)
+            if not recorder.spent:
+                self._captured[size] = recorder.record(partial(self._compute, size))
+        self._pieces.prepare(recorder)
+        torch.cuda.synchronize(self._kernels.device)
         log.info(
             "graphs_captured",
             captured=len(self._captured),
             left_out=len(wanted) - len(self._captured),
-            seconds=round(time.monotonic() - started, 1),
-            memory_bytes=torch.cuda.memory_reserved(device) - before,
+            pieces=len(self._pieces.captured),
+            pieces_left_out=len(self._pieces.sizes) - len(self._pieces.captured),
+            seconds=round(recorder.seconds, 1),
+            memory_bytes=recorder.num_bytes,
         )
 
 

@@ -30,6 +30,7 @@ class Decoder:
     """The decoder in torch operations, on any device; `cache` is the KV of each layer."""
 
     kernels = "torch"
+    across_ranks = False
 
     def __init__(self, config: ModelConfig, weights: Weights, attention: Attention, cache: list[torch.Tensor]) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""The decoder of one rank of a tensor-parallel worker: torch operations on its shard, sums and gathers over the ranks.
+"""The decoder of one rank of a tensor-parallel worker: it computes on its shard, with sums and gathers over the ranks.
 
 Owns: where ranks communicate. Must not: know who started whom (ranks.py, follower.py). Every rank must run the same
 batches in the same order; only rank 0 gets logits.
@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
-from lanewise.engine.assemble import Opened
+from lanewise.engine.assemble import Opened, triton_attention
 from lanewise.engine.carried import Carried
 from lanewise.engine.kv_pool import KVPool
 from lanewise.engine.model import Decoder
+from lanewise.engine.model_config import ModelConfig
 from lanewise.engine.shard import Shard
 from lanewise.engine.weights import Weights
 from lanewise.kernels.select import select_attention
@@ -42,13 +43,13 @@ def join(shard: Shard, store: Any, device: torch.device) -> None:
 
 
 class ParallelDecoder(Decoder):
-    """As `Decoder`, of a shard's weights and of a pool of its heads."""
+    """As `Decoder`, of a shard: `config` is the shard's, `cache` holds its heads. Make it with `parallel_decoder`."""
 
-    def __init__(self, opened: Opened, weights: Weights, pool: KVPool, shard: Shard) -> None:
-        config, cache = shard.config(opened.config), pool.layers
-        attention = select_attention(
-            config.head_dim, config.num_kv_heads, pool.page_tokens, opened.dtype, opened.device
-        )
+    across_ranks = True
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, attention: Any, cache: list[torch.Tensor], shard: Shard
+    ) -> None:
         super().__init__(config, weights, attention, cache)
         self._shard = shard
         self._ids = shard.vocabulary(config.vocab_size)
@@ -78,3 +79,15 @@ class ParallelDecoder(Decoder):
         parts = [torch.empty_like(part) for _ in range(self._shard.size)]
         dist.gather(part, parts, dst=0)
         return torch.cat(parts, 1)[:, : self.config.vocab_size]
+
+
+def parallel_decoder(kernels: str, opened: Opened, weights: Weights, pool: KVPool, shard: Shard) -> ParallelDecoder:
+    """Of this rank, with the kernels that were asked for; `auto` are torch operations."""
+    config = shard.config(opened.config)
+    if kernels == "triton":
+        from lanewise.engine.parallel_triton import ParallelTritonDecoder
+
+        attention = triton_attention(config, pool.page_tokens, opened.dtype, opened.device)
+        return ParallelTritonDecoder(config, weights, attention, pool.layers, shard)
+    plain = select_attention(config.head_dim, config.num_kv_heads, pool.page_tokens, opened.dtype, opened.device)
+    return ParallelDecoder(config, weights, plain, pool.layers, shard)

@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 from lanewise.config import WorkerConfig
 from lanewise.engine import weights
-from lanewise.engine.assemble import Opened
+from lanewise.engine.assemble import Opened, triton_attention
 from lanewise.engine.carried import Carried
 from lanewise.engine.kv_pool import KVPool, layout_of
 from lanewise.engine.model import OnLayers
-from lanewise.engine.parallel_model import ParallelDecoder, join, open_store
+from lanewise.engine.parallel_model import ParallelDecoder, join, open_store, parallel_decoder
 from lanewise.engine.parallel_pool import ParallelPool
 from lanewise.engine.pipe import Batch, Setup, receive, send
 from lanewise.engine.shard import Shard
@@ -44,6 +44,7 @@ class Ranks:
     def __init__(self, config: WorkerConfig, opened: Opened, on_lost: Callable[[str], None] | None = None) -> None:
         """Starts them; ConfigError where the model cannot be divided so. `lead` joins them."""
         self.size = config.tensor_parallel
+        self._kernels = config.kernels
         _check(config, opened)
         self._copies: list[socket.socket] = []
         self._batches: list[socket.socket] = []
@@ -91,7 +92,7 @@ class Ranks:
             layout_of(model, opened.dtype) for model in (Shard(0, self.size).config(opened.config), opened.config)
         )
         pool = ParallelPool(own, whole, num_pages, page_tokens, opened.device, self._copies)
-        return pool, LeadingDecoder(opened, loaded, pool, self)
+        return pool, LeadingDecoder(parallel_decoder(self._kernels, opened, loaded, pool, Shard(0, self.size)), self)
 
     def run(self, batch: Batch) -> None:
         """All followers begin this pass; they take part in its sums."""
@@ -120,11 +121,12 @@ class Ranks:
             self._on_lost(f"rank {rank} of {self.size} ended with status {status}")
 
 
-class LeadingDecoder(ParallelDecoder):
+class LeadingDecoder:
     """Rank 0's: what it computes, all ranks compute."""
 
-    def __init__(self, opened: Opened, loaded: weights.Weights, pool: KVPool, ranks: Ranks) -> None:
-        super().__init__(opened, loaded, pool, Shard(0, ranks.size))
+    def __init__(self, decoder: ParallelDecoder, ranks: Ranks) -> None:
+        self.kernels = decoder.kernels
+        self._decoder = decoder
         self._ranks = ranks
 
     def run(
@@ -136,7 +138,7 @@ class LeadingDecoder(ParallelDecoder):
         carried: Carried | None = None,
     ) -> torch.Tensor | None:
         self._ranks.run(Batch.of(spans, ids, sampled, carried.places if carried is not None else ()))
-        return super().run(spans, ids, sampled, on_layers, carried)
+        return self._decoder.run(spans, ids, sampled, on_layers, carried)
 
 
 def share(config: WorkerConfig, rank: int) -> WorkerConfig:
@@ -158,9 +160,13 @@ def _of_rank(config: WorkerConfig, opened: Opened, rank: int) -> WorkerConfig:
 
 
 def _check(config: WorkerConfig, opened: Opened) -> None:
-    Shard(0, config.tensor_parallel).config(opened.config)
-    if config.kernels in ("native", "triton"):
-        raise ConfigError(f"kernels: {config.kernels} serves one rank; with tensor_parallel use auto or torch")
+    shard = Shard(0, config.tensor_parallel).config(opened.config)
+    if config.kernels == "native":
+        raise ConfigError("kernels: native serves one rank; with tensor_parallel use auto, torch or triton")
+    if config.kernels == "triton":
+        triton_attention(shard, config.page_tokens, opened.dtype, opened.device)
+        if opened.device.type == "cuda" and config.graph_capture_s:
+            log.warning("graphs_not_captured", reason="tensor_parallel: sums over ranks have not been run in a graph")
 
 
 def _end_worker(reason: str) -> None:

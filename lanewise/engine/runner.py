@@ -19,7 +19,7 @@ from lanewise.engine.kv_pool import KVPool, layout_of
 from lanewise.engine.model import Decoder, OnLayers
 from lanewise.engine.native_model import NativeModel
 from lanewise.engine.phases import Phases
-from lanewise.engine.ranks import Ranks, share
+from lanewise.engine.ranks import LeadingDecoder, Ranks, share
 from lanewise.engine.sampler import Drawn, Sampled, draw
 from lanewise.engine.sequence import Sequence
 from lanewise.engine.shard import Shard
@@ -83,7 +83,7 @@ class Engine:
     def __init__(
         self,
         opened: Opened,
-        decoder: Decoder | NativeModel,
+        decoder: Decoder | NativeModel | LeadingDecoder,
         pool: KVPool,
         fields: dict[str, str],
         phases: Phases,
@@ -124,7 +124,7 @@ class Engine:
                 )
                 phases.end("load")
                 num_pages = count_pages(config, opened, loaded)
-                decoder: Decoder | NativeModel
+                decoder: Decoder | NativeModel | LeadingDecoder
                 if ranks is None:
                     pool = KVPool(layout_of(opened.config, opened.dtype), num_pages, config.page_tokens, opened.device)
                     decoder = make_decoder(config, opened.config, loaded, pool, on_progress)

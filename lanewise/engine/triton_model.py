@@ -33,20 +33,50 @@ class TritonDecoder(Decoder):
         self._kernels = attention
 
     def _forward(self, ids: torch.Tensor, plan: Any, on_layers: OnLayers | None) -> torch.Tensor:
-        dtype, eps = self.weights.norm.dtype, self.config.rms_norm_eps
-        hidden = self.weights.embedding[ids].to(dtype)  # [N, hidden]
-        cos, sin = (part[:, 0, self.config.head_dim // 2 :] for part in self.rope.angles(plan.positions, dtype))
-        update: torch.Tensor | None = None  # what the last product adds; the next norm adds it on its way
-        for index, layer in enumerate(self.weights.layers):
-            qkv = self._inputs(layer, add_norm(hidden, update, layer.attention_norm, eps))
-            norms = None if layer.query_norm is None or layer.key_norm is None else (layer.query_norm, layer.key_norm)
-            query = rotate_and_write(qkv, self.cache[index], plan.slots, cos, sin, norms, eps)  # [N, H, D]
-            if on_layers is not None:
+        hidden = self.embed(ids)  # [N, hidden]
+        cos, sin = self.angles(plan.positions)
+        update: torch.Tensor | None = None
+        for index in range(len(self.weights.layers)):
+            query = self.before_attention(index, hidden, update, plan.slots, cos, sin)
+            if on_layers is not None and not self.across_ranks:
                 on_layers(index, index + 1)
-            mixed = self._kernels.attend(plan, self.cache[index], query, self.config.windows[index])
-            inner = add_norm(hidden, product(layer.output, mixed.flatten(1)), layer.mlp_norm, eps)
-            update = product(layer.down, silu(product(layer.gate, inner)) * product(layer.up, inner))
+            update = self.after_attention(index, hidden, self.attend(index, plan, query))
+            if on_layers is not None and self.across_ranks:  # a sum is over: the others have written their KV too
+                on_layers(index, index + 1)
         return hidden if update is None else hidden + update
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [N, D / 2]."""
+        cos, sin = self.rope.angles(positions, self.weights.norm.dtype)  # [N, 1, D]
+        half = self.config.head_dim // 2
+        return cos[:, 0, half:], sin[:, 0, half:]
+
+    def before_attention(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        update: torch.Tensor | None,
+        slots: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        query: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Query [N, H, D] of layer `index`, into `query` if given; KV goes to its slots, `hidden` takes `update`."""
+        layer, eps = self.weights.layers[index], self.config.rms_norm_eps
+        qkv = self._inputs(layer, add_norm(hidden, update, layer.attention_norm, eps))
+        norms = None if layer.query_norm is None or layer.key_norm is None else (layer.query_norm, layer.key_norm)
+        return rotate_and_write(qkv, self.cache[index], slots, cos, sin, norms, eps, query)
+
+    def attend(self, index: int, plan: Any, query: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention [N, H, D] of layer `index`, into `out` if given."""
+        return self._kernels.attend(plan, self.cache[index], query, self.config.windows[index], out)
+
+    def after_attention(self, index: int, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """What layer `index` adds to `hidden` last: the next norm adds it on its way."""
+        layer = self.weights.layers[index]
+        update = self.total(product(layer.output, mixed.flatten(1)))
+        inner = add_norm(hidden, update, layer.mlp_norm, self.config.rms_norm_eps)
+        return self.total(product(layer.down, silu(product(layer.gate, inner)) * product(layer.up, inner)))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return product(self.weights.head, self._norm(hidden, self.weights.norm)).float()

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported; the other ranks inherit it
+
 from lanewise.engine import ranks as ranks_module
 from lanewise.engine.runner import Engine, Work
 from lanewise.engine.shard import Shard
@@ -63,6 +66,23 @@ def test_other_forms_stay_near(settings, build_model, load, driver):
         assert sum(abs(left[token] - right[token]) for token in range(512)) / 512 < 0.1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs")
+def test_ranks_with_triton_kernels_say_the_same(build_model, load, driver):
+    """Sums between fused phases; each layer's KV of both ranks is there when it is announced."""
+    pytest.importorskip("triton")
+    directory, _ = build_model("qwen3", vocab_size=509, head_dim=16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    alone = load(directory, kernels="torch", device=device)
+    few = Sampling(max_tokens=2, temperature=0.0)
+    ids = [[token % 509 for token in prompt[:6]] for prompt in prompts()[1:3]]
+    expected = driver().run(alone, driver().open(ids, few))
+    with two_ranks(load, directory, kernels="triton", device=device) as engine:
+        assert engine.kernels == "triton"
+        assert driver(chunk_tokens=4).run(engine, driver().open(ids, few)) == expected
+        assert driver().run(alone, [carried(engine, alone, ids[-1], driver, few)]) == expected[-1:]
+
+
 def test_kv_travels_between_one_rank_and_two(build_model, load, driver):
     """The wire form is of all heads: what two ranks computed, one continues, and the other way round."""
     directory, _ = build_model("qwen3")
@@ -74,9 +94,9 @@ def test_kv_travels_between_one_rank_and_two(build_model, load, driver):
             assert driver().run(target, [carried(source, target, prompt, driver)]) == [expected]
 
 
-def carried(source: Engine, target: Engine, prompt: list[int], driver: Any) -> Any:
+def carried(source: Engine, target: Engine, prompt: list[int], driver: Any, sampling: Sampling = GREEDY) -> Any:
     """A sequence in `target` whose prompt `source` computed: its KV went over the wire layer by layer."""
-    (first,), (second,) = driver().open([prompt], GREEDY), driver().open([prompt], GREEDY)
+    (first,), (second,) = driver().open([prompt], sampling), driver().open([prompt], sampling)
     assert source.pool.ensure(first, len(prompt))
     assert target.pool.ensure(second, len(prompt))
     said: list[int] = []

@@ -15,6 +15,7 @@ def test_a_cpu_and_an_unknown_device_have_none() -> None:
     assert power._enforced(NO_DEVICE) == 0  # without NVML, and with one that does not know the device
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_has_one() -> None:
     assert 50 <= power.limit_watts(torch.device("cuda:0")) <= 5000

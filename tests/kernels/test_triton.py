@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter against references in float64; sizes are tiny, since it is slow."""
+"""The Triton kernels against references in float64: on a GPU, or in Triton's interpreter, for which sizes are tiny."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from lanewise.kernels.plan import Span
 from lanewise.kernels.triton_attention import TritonAttention
 from lanewise.kernels.triton_bytes import bytes_product
 from lanewise.kernels.triton_rows import add_norm, gather, rotate_and_write, scatter
+
+pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, KV_HEADS, DIM, PAGE, PAGES = 6, 2, 16, 8, 40
@@ -114,7 +116,7 @@ def test_a_whole_model_agrees_with_torch(form, tmp_path):
             weights=form,
         )
         engine = Engine.load(settings)
-        assert engine.kernels == kernels
+        assert engine.kernels.startswith(kernels)  # on a GPU: "triton, graphs"
         seq = Sequence(("a", 1), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], 11, Sampling(3, temperature=0.0, logprobs=64))
         assert engine.pool.ensure(seq, 16)
         assert engine.step([Work(seq, 6)]) == [None]
