@@ -9,7 +9,7 @@ import socket
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import xxhash
 
@@ -17,6 +17,9 @@ from lanewise.transfer import direct
 from lanewise.transfer.messages import Probe
 from lanewise.transfer.neighbour import Neighbour
 from lanewise.transfer.protocol import Write
+
+if TYPE_CHECKING:
+    from lanewise.transfer.ipc_link import Mapped
 
 _BYTES_PER_TURN = 4 << 20  # of one connection; then ACKs go out, and commands and timers have their turn
 _STEP_BYTES = 512 << 10
@@ -162,6 +165,7 @@ class Inlet:
         self.author = ""
         self.silent_until = now + direct.SILENT_S
         self.neighbour: Neighbour | None = None
+        self.mapped: Mapped | None = None  # of its GPU's memory
         self.sink: Sink | None = None
         self.staging = bytearray()
         self._owner = owner

@@ -39,15 +39,16 @@ class NotRuns(ValueError):
     """Bytes that name no parts of memory, or more than was allowed."""
 
 
-def place() -> bytes:
-    """Equal in processes that may be able to read each other's memory; empty: this one can read no other's."""
+def place(kind: str = "") -> bytes:
+    """Equal in processes that may be able to read each other's memory; empty: this one can read no other's. `kind`: of
+    memory, where that is not all the same."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read()
         names = os.readlink("/proc/self/ns/pid")
     except OSError:
         return b""
-    return hashlib.sha256(f"{boot} {names} {os.getuid()}".encode()).digest()[:16] if _readv else b""
+    return hashlib.sha256(f"{boot} {names} {os.getuid()}{kind}".encode()).digest()[:16] if _readv else b""
 
 
 def is_own(pid: int) -> bool:
@@ -68,9 +69,13 @@ def address_of(part: memoryview | bytearray) -> int:
 
 def pack(parts: Sequence[memoryview | bytearray]) -> bytes:
     """These parts of this process's memory, as `unpack` reads them; at most MAX_RUNS."""
-    runs = np.empty(len(parts), _RUN)
-    runs["address"] = [address_of(part) for part in parts]
-    runs["length"] = [len(part) for part in parts]
+    return packed(np.array([(address_of(part), len(part)) for part in parts], np.uint64))
+
+
+def packed(areas: Areas) -> bytes:
+    """Areas of less than 4 GiB each, likewise."""
+    runs = np.empty(len(areas), _RUN)
+    runs["address"], runs["length"] = areas[:, 0], areas[:, 1]
     return runs.tobytes()
 
 

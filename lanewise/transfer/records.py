@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from lanewise.fleet import Link
 from lanewise.policy.blocks import KVLayout, chain_hashes, prompt_hash
 from lanewise.request import Partner, Token
+
+if TYPE_CHECKING:
+    from lanewise.transfer.ipc_link import Device
 
 MIB = 1024 * 1024
 
@@ -59,6 +62,10 @@ class PageStore(Protocol):
 
     @property
     def layout(self) -> KVLayout: ...
+
+    @property
+    def device_memory(self) -> Device | None:
+        """The memory of a GPU in which the KV lies, where processes of this host may have it from there."""
 
     @property
     def head_shards(self) -> int:
