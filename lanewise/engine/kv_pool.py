@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,17 @@ __all__ = ["KVPool", "PoolUsage", "layout_of", "pool_pages"]
 log = structlog.get_logger(__name__)
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+Areas = np.ndarray[tuple[int, int], np.dtype[np.uint64]]
+"""Addresses and lengths, one row each."""
+
+
+class Views(list[memoryview]):
+    """Parts of memory in order; `areas` has the address and the length of each: asking every part would take longer
+    than to copy it."""
+
+    def __init__(self, parts: Iterable[memoryview], areas: Areas) -> None:
+        super().__init__(parts)
+        self.areas = areas
 
 
 class KVPool(PageTable):
@@ -107,24 +119,25 @@ class KVPool(PageTable):
                 ring.up(source[index].reshape(-1), part)
                 self._raw[layer][:, :, within].index_copy_(1, slots, part)
 
-    def views(self, pages: Seq[int], tokens: range, layers: range, heads: range) -> list[memoryview] | None:
+    def views(self, pages: Seq[int], tokens: range, layers: range, heads: range) -> Views | None:
         """What `read` copies, in the same order, but where it lies: to be read or filled in place.
 
         None where it lies in no memory of this process, and of a part of the heads: a piece for each token of each
         layer would cost more than a copy."""
         if self._flat is None or heads != self._heads:
             return None
-        flat = self._flat
-        return [flat[start:stop] for start, stop in self._stretches(pages, tokens, layers)]
+        flat, areas = self._flat, self._stretches(pages, tokens, layers)
+        parts = [flat[start : start + length] for start, length in areas.tolist()]
+        areas[:, 0] += np.uint64(self.area[0])
+        return Views(parts, areas)
 
-    def places(self, pages: Seq[int], tokens: range, layers: range, heads: range) -> np.ndarray | None:
-        """As `views`, but addresses and lengths in the memory of the device, one row each."""
+    def places(self, pages: Seq[int], tokens: range, layers: range, heads: range) -> Areas | None:
+        """As `views`, but addresses and lengths in the memory of the device."""
         if heads != self._heads:
             return None
-        stretches = np.array(self._stretches(pages, tokens, layers), dtype=np.uint64)
-        stretches[:, 1] -= stretches[:, 0]
-        stretches[:, 0] += np.uint64(self.area[0])
-        return stretches
+        areas = self._stretches(pages, tokens, layers)
+        areas[:, 0] += np.uint64(self.area[0])
+        return areas
 
     def share(self) -> None:
         """Lets processes of this host have the KV from the memory of the GPU, where it lies in one."""
@@ -136,13 +149,17 @@ class KVPool(PageTable):
             else:
                 self.device_memory = device_memory.share(self)
 
-    def _stretches(self, pages: Seq[int], tokens: range, layers: range) -> list[tuple[int, int]]:
-        """Where the pieces start and end, from the start of the tensors, in the order of the wire; all heads."""
+    def _stretches(self, pages: Seq[int], tokens: range, layers: range) -> Areas:
+        """Where the pieces start, counted from the start of the tensors, and how long they are; in the order of the
+        wire, all heads."""
         row = self.row_bytes
         plane = self.num_pages * self.page_tokens * row  # K or V of one layer
-        runs = [(slot * row, (slot + count) * row) for slot, _, count in self._runs(pages, tokens)]
-        planes = range(2 * layers.start * plane, 2 * layers.stop * plane, plane)
-        return [(at + start, at + stop) for at in planes for start, stop in runs]
+        runs = np.array(self._runs(pages, tokens), np.uint64).reshape(-1, 3) * np.uint64(row)
+        planes = np.arange(2 * layers.start, 2 * layers.stop, dtype=np.uint64) * np.uint64(plane)
+        areas = np.empty((len(planes), len(runs), 2), np.uint64)
+        areas[:, :, 0] = planes[:, None] + runs[:, 0]
+        areas[:, :, 1] = runs[:, 2]
+        return areas.reshape(-1, 2)
 
     def _within(self, heads: range) -> slice:
         """The bytes of these heads in the row of a token."""

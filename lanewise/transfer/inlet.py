@@ -74,8 +74,8 @@ class Sink:
         self.failed = False  # to be fetched
         self._fetch = fetch
         self._pages = pages or []
-        self._parts = list(self._pages)
-        self._ends = list(accumulate(map(len, self._parts)))
+        self._parts = list(self._pages) if fetch is None else self._pages
+        self._ends = list(accumulate(map(len, self._parts))) if fetch is None else []
         self._at = 0
         self._taken = 0
         self._state = xxhash.xxh3_64()

@@ -67,9 +67,15 @@ def address_of(part: memoryview | bytearray) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(part))
 
 
+def areas_of(parts: Sequence[memoryview | bytearray]) -> Areas:
+    """Where parts of this process's memory are: as they know themselves (`PageStore.views`), else part by part."""
+    areas: Areas | None = getattr(parts, "areas", None)
+    return np.array([(address_of(part), len(part)) for part in parts], np.uint64) if areas is None else areas
+
+
 def pack(parts: Sequence[memoryview | bytearray]) -> bytes:
     """These parts of this process's memory, as `unpack` reads them; at most MAX_RUNS."""
-    return packed(np.array([(address_of(part), len(part)) for part in parts], np.uint64))
+    return packed(areas_of(parts))
 
 
 def packed(areas: Areas) -> bytes:
@@ -118,7 +124,7 @@ class Neighbour:
         At most MAX_RUNS of each."""
         if _readv is None:
             raise OSError(errno.ENOSYS, "no memory of other processes can be read here")
-        mine = np.array([(address_of(part), len(part)) for part in into], np.uint64)
+        mine = areas_of(into)
         got = _readv(self.pid, mine.ctypes.data, len(mine), areas.ctypes.data, len(areas), 0)
         if got < 0:
             error = ctypes.get_errno()
