@@ -49,6 +49,7 @@ async def _serve(config: WorkerConfig) -> None:
         encryption=config.encryption,
         encoding=config.kv_encoding,
         ranks=config.tensor_parallel,
+        shared=engine.pool.device_memory is not None,
     )
     engine.warm_up()
     incarnation = str(uuid.uuid4())
@@ -68,6 +69,7 @@ async def _serve(config: WorkerConfig) -> None:
         data_listen=config.kv_data_listen,
         security=security,
         group_host=group_host(config.kv_channel, config.advertise_host or config.kv_listen),
+        group_device=engine.device,
         direct=config.kv_channel in ("Auto", "IPC"),
     )
     facts = worker_facts(

@@ -119,9 +119,10 @@ class WorkerConfig(_ProcessConfig):
     )
     kv_channel: Literal["Auto", "ZeroMQ", "NCCL", "IPC"] = Field(
         "Auto",
-        description="how KV travels. Auto: where nothing is encrypted, read from the prefill worker's memory by a "
-        "decode worker of the same host, or by plain TCP connections; else ZeroMQ. IPC: the first of these or no link. "
-        "NCCL is its CPU form (gloo) so far",
+        description="how KV travels. Auto: where nothing is encrypted, what test blocks show to be best of: read from "
+        "the prefill worker's memory by a decode worker of the same host, plain TCP connections, ZeroMQ; else ZeroMQ. "
+        "IPC: the first of these or no link. NCCL: process groups (gloo on a CPU). IPC and NCCL have not been run on a "
+        "GPU",
     )
     kv_encoding: Literal["Native", "Int8", "KIVI4", "KIVI2"] = Field(
         "Native", description="how KV is written on the wire; all but Native are lossy, KIVI4 and KIVI2 experimental"

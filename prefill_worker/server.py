@@ -49,6 +49,7 @@ async def _serve(config: WorkerConfig) -> None:
         encryption=config.encryption,
         encoding=config.kv_encoding,
         ranks=config.tensor_parallel,
+        shared=engine.pool.device_memory is not None,
     )
     engine.warm_up()
     incarnation = str(uuid.uuid4())
@@ -70,6 +71,7 @@ async def _serve(config: WorkerConfig) -> None:
             faults,
             security=security,
             group_host=host,
+            group_device=engine.device,
             direct=direct,
             references=References.ALWAYS if config.kv_channel == "IPC" else References.AUTO,
         )

@@ -134,6 +134,8 @@ class Engine:
             if ranks is not None:
                 ranks.close()
             raise
+        if config.kv_channel in ("Auto", "IPC") and config.encryption == "None" and config.kv_encoding == "Native":
+            pool.share()
         phases.end("pack")
         engine = cls(opened, decoder, pool, fields, phases)
         engine._ranks = ranks

@@ -6,6 +6,7 @@ thread; nothing here waits. Must not: import torch, or know states of transfers.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import socket
@@ -19,6 +20,8 @@ import msgspec
 from lanewise.errors import ConfigError
 from lanewise.transfer import neighbour
 
+log = logging.getLogger("lanewise.transfer")
+
 HEADER_BYTES = 2048
 MAX_HEADER_BYTES = HEADER_BYTES - 8  # two sizes stand before it
 PACKET_BYTES = 1 << 16
@@ -26,19 +29,18 @@ SLOTS = 8
 MAX_PAIRS = 64
 
 
-def check(channel: str, *, device: str, encryption: str, encoding: str = "Native", ranks: int = 1) -> None:
-    """ConfigError where this worker cannot have that channel; `Auto` always means one it can have."""
+def check(
+    channel: str, *, device: str, encryption: str, encoding: str = "Native", ranks: int = 1, shared: bool = False
+) -> None:
+    """ConfigError where this worker cannot have that channel; `Auto` always means one it can have. `shared`: other
+    processes can reach the memory of its GPU."""
     if channel == "IPC":
-        _check_ipc(device, encryption, encoding, ranks)
-    if channel == "NCCL" and device != "cpu":
-        raise ConfigError(f"channel NCCL on {device}: only its CPU form (gloo) is built; expected Auto or ZeroMQ")
+        _check_ipc(device, encryption, encoding, ranks, shared)
     if channel == "NCCL" and encryption != "None":
         raise ConfigError(f"channel NCCL: its data cannot be protected; expected encryption None, got {encryption}")
 
 
-def _check_ipc(device: str, encryption: str, encoding: str, ranks: int) -> None:
-    if device != "cpu":
-        raise ConfigError(f"channel IPC on {device}: CUDA IPC is not built; expected Auto or ZeroMQ")
+def _check_ipc(device: str, encryption: str, encoding: str, ranks: int, shared: bool) -> None:
     if not neighbour.place():
         raise ConfigError("channel IPC: this system has no process_vm_readv; expected Auto or ZeroMQ")
     if encryption != "None":
@@ -46,6 +48,10 @@ def _check_ipc(device: str, encryption: str, encoding: str, ranks: int) -> None:
     if encoding != "Native" or ranks > 1:
         what = f"encoding {encoding}" if encoding != "Native" else f"tensor parallelism of {ranks}"
         raise ConfigError(f"channel IPC: with {what} KV is not sent as it lies in the pool; expected Auto or ZeroMQ")
+    if device != "cpu" and not shared:
+        raise ConfigError(
+            f"channel IPC on {device}: its memory cannot be shared (see the log); expected Auto or ZeroMQ"
+        )
 
 
 def group_host(channel: str, address: str) -> str:
@@ -60,7 +66,10 @@ class GroupPort:
     """`on_event(word, *rest)`: ("up", port) | ("joined", pair) | ("broken", pair, reason) | ("sent", pair, slot) |
     ("chunk", pair, slot, header, bytes) | ("dead", reason)."""
 
-    def __init__(self, host: str, slot_bytes: int, *, serve: bool, on_event: Callable[..., None]) -> None:
+    def __init__(
+        self, host: str, slot_bytes: int, *, serve: bool, on_event: Callable[..., None], device: str = "cpu"
+    ) -> None:
+        """`device`: through whose memory payloads go."""
         self._on_event = on_event
         self._slot_bytes = slot_bytes
         size = SLOTS * slot_bytes
@@ -71,7 +80,13 @@ class GroupPort:
         self._free = list(range(SLOTS))
         self._lent: dict[int, str] = {}  # slot -> the pair that sends it
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        words = (theirs.fileno(), memory_fd, SLOTS, slot_bytes, host, "serve" if serve else "join")
+        words = (theirs.fileno(), memory_fd, SLOTS, slot_bytes, host, "serve" if serve else "join", device)
+        if device.startswith("cuda"):
+            log.warning(
+                "channel NCCL on %s has never been run on a GPU by those who wrote it; chunks are verified "
+                "where they arrive, and ZeroMQ carries on where it fails",
+                device,
+            )
         command = [sys.executable, "-m", "lanewise.transfer.nccl_link", *map(str, words)]
         self.process = subprocess.Popen(
             command, pass_fds=(theirs.fileno(), memory_fd), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL

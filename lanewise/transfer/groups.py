@@ -35,9 +35,11 @@ class _Pair:
 
 
 class SenderGroups:
-    def __init__(self, incarnation: str, host: str, slot_bytes: int, on_broken: Callable[[str], None]) -> None:
+    def __init__(
+        self, incarnation: str, host: str, slot_bytes: int, on_broken: Callable[[str], None], device: str = "cpu"
+    ) -> None:
         """`on_broken(address)`: what was sent there and not acknowledged may be lost."""
-        self.port = GroupPort(host, slot_bytes, serve=False, on_event=self._on_event)
+        self.port = GroupPort(host, slot_bytes, serve=False, on_event=self._on_event, device=device)
         self._incarnation = incarnation
         self._on_broken = on_broken
         self._pairs: dict[str, _Pair] = {}  # by address
@@ -95,9 +97,11 @@ class SenderGroups:
 
 
 class ReceiverGroups:
-    def __init__(self, host: str, slot_bytes: int, on_chunk: Callable[[str, bytes, memoryview], None]) -> None:
+    def __init__(
+        self, host: str, slot_bytes: int, on_chunk: Callable[[str, bytes, memoryview], None], device: str = "cpu"
+    ) -> None:
         """`on_chunk(incarnation of the sender, header, payload)`; the payload is lent for the call."""
-        self.port = GroupPort(host, slot_bytes, serve=True, on_event=self._on_event)
+        self.port = GroupPort(host, slot_bytes, serve=True, on_event=self._on_event, device=device)
         self.store_port = 0
         self._on_chunk = on_chunk
         self._partners: dict[str, str] = {}  # by pair

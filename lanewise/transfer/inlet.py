@@ -9,7 +9,7 @@ import socket
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import xxhash
 
@@ -17,6 +17,9 @@ from lanewise.transfer import direct
 from lanewise.transfer.messages import Probe
 from lanewise.transfer.neighbour import Neighbour
 from lanewise.transfer.protocol import Write
+
+if TYPE_CHECKING:
+    from lanewise.transfer.ipc_link import Mapped
 
 _BYTES_PER_TURN = 4 << 20  # of one connection; then ACKs go out, and commands and timers have their turn
 _STEP_BYTES = 512 << 10
@@ -71,8 +74,8 @@ class Sink:
         self.failed = False  # to be fetched
         self._fetch = fetch
         self._pages = pages or []
-        self._parts = list(self._pages)
-        self._ends = list(accumulate(map(len, self._parts)))
+        self._parts = list(self._pages) if fetch is None else self._pages
+        self._ends = list(accumulate(map(len, self._parts))) if fetch is None else []
         self._at = 0
         self._taken = 0
         self._state = xxhash.xxh3_64()
@@ -162,6 +165,7 @@ class Inlet:
         self.author = ""
         self.silent_until = now + direct.SILENT_S
         self.neighbour: Neighbour | None = None
+        self.mapped: Mapped | None = None  # of its GPU's memory
         self.sink: Sink | None = None
         self.staging = bytearray()
         self._owner = owner

@@ -19,14 +19,16 @@ import zmq
 
 from lanewise.errors import ConfigError
 from lanewise.policy.blocks import KVLayout
-from lanewise.transfer import direct, neighbour
+from lanewise.transfer import direct, ipc_link
 from lanewise.transfer import messages as m
 from lanewise.transfer.faults import Faults
 from lanewise.transfer.inlet import Fetch, Inlet, Sink
-from lanewise.transfer.neighbour import Neighbour, NotRuns, Reading, unpack
+from lanewise.transfer.ipc_link import DeviceSink, Mapped, Openings
+from lanewise.transfer.neighbour import Areas, Neighbour, NotRuns, Reading, unpack
 from lanewise.transfer.protocol import Action, Send, Write
 from lanewise.transfer.receiver_core import ReceiverCore
 from lanewise.transfer.records import Counters, Limits, PageStore
+from lanewise.transfer.zmq_link import log
 
 _IN = int(zmq.POLLIN)
 _MAX_PER_SENDER = 4
@@ -53,7 +55,9 @@ class Inlets:
         self.host = host
         self.max_chunk_bytes = host.limits.max_chunk_bytes
         self.scratch = memoryview(bytearray(_SCRATCH_BYTES))
-        self.place = neighbour.place()
+        self._device = ipc_link.checked(store.device_memory)
+        self._openings = Openings(self._device) if self._device else None
+        self.place = ipc_link.place(self._device)
         self._store = store
         self._layout = layout
         self._secret = secrets.token_bytes(direct.TOKEN_BYTES)
@@ -116,7 +120,9 @@ class Inlets:
             self.drop(older[0], now)
         try:
             inlet.neighbour = Neighbour.known_by(greeting.pid, greeting.address, greeting.token)
-            inlet.sock.send(direct.WELCOME_READS if inlet.neighbour else direct.WELCOME)
+            inlet.mapped = self._mapped(inlet.neighbour, greeting.address + len(greeting.token))
+            reads = inlet.neighbour and (inlet.mapped or not self._device)
+            inlet.sock.send(direct.WELCOME_READS if reads else direct.WELCOME)
         except OSError:
             raise direct.NotASender("gone") from None
         return incarnation
@@ -128,6 +134,20 @@ class Inlets:
         inlet.sock.close()
         if inlet.sink:
             self._lost(inlet.sink, now)
+        if inlet.mapped:
+            inlet.mapped.close()
+
+    def _mapped(self, found: Neighbour | None, address: int) -> Mapped | None:
+        """The GPU's memory that a neighbour shows at this address of its process; None where there is none to read."""
+        if found is None or self._openings is None:
+            return None
+        shown = bytearray(ipc_link.CARD_BYTES)
+        try:
+            found.read(ipc_link.area(address, len(shown)), [memoryview(shown)])
+            return Mapped(self._openings, bytes(shown))
+        except OSError as error:
+            log.warning("the GPU memory of process %d cannot be read here: %s", found.pid, error)
+            return None
 
     # --- chunks
 
@@ -135,24 +155,34 @@ class Inlets:
         """Where the payload announced by this header goes, or what it refers to."""
         host = self.host
         fetch: Fetch | None = None
+        source: Areas | None = None  # in this GPU's reach
         try:
             message = m.decode(header)
             if not isinstance(message, m.Chunk | m.Commit | m.Probe) or message.src != inlet.author:
                 raise m.MalformedMessage("nothing that comes by this connection")
             if not isinstance(message, m.Commit) and message.runs:
-                num_bytes, fetch = self._referred(inlet, message.runs, num_bytes)
+                num_bytes, fetch, source = self._referred(inlet, message, num_bytes)
         except (m.MalformedMessage, NotRuns):
             host.counters.malformed += 1
             return Sink(num_bytes)
         if isinstance(message, m.Probe):
+            if source is not None and self._device:
+                block = ipc_link.area(self._device.block[0], num_bytes)
+                return DeviceSink(self._device, source, block, probe=message)
             return Sink(num_bytes, probe=message, pages=[self._staging(inlet, num_bytes)], fetch=fetch)
         actions = host.core.receive(message, num_bytes, now)
         host.perform([action for action in actions if not isinstance(action, Write)])
         write = next((action for action in actions if isinstance(action, Write)), None)
-        nothing = Sink(0 if fetch else num_bytes)
+        nothing = Sink(num_bytes if fetch is None and source is None else 0)
         if write is None:
             return nothing
         try:
+            if source is not None and self._device:
+                host.faults.point("chunk_writing")
+                places = self._device.places(write.pages, *write.slice.ranges)
+                if places is None:
+                    raise ValueError("a part of the heads cannot be copied from one GPU to another")
+                return DeviceSink(self._device, source, places, write=write)
             pages = self._pages(write, num_bytes)
         except Exception as error:  # of the pool, whatever it is: this transfer ends, the others go on
             host.perform(host.core.write_failed(write.key, write.seq, f"writing pages: {error}", now))
@@ -162,12 +192,18 @@ class Inlets:
         host.faults.point("chunk_writing")
         return Sink(num_bytes, write, pages=pages, fetch=fetch)
 
-    def _referred(self, inlet: Inlet, runs: bytes, num_bytes: int) -> tuple[int, Fetch]:
-        """How many bytes these references name, and how to get them; raises NotRuns."""
-        if num_bytes or inlet.neighbour is None:
+    def _referred(
+        self, inlet: Inlet, message: m.Chunk | m.Probe, num_bytes: int
+    ) -> tuple[int, Fetch | None, Areas | None]:
+        """How many bytes a message's references name, and how to get them, or where they are here; raises NotRuns."""
+        if num_bytes or inlet.neighbour is None or (self._device and not inlet.mapped):
             raise NotRuns("references with a payload, or to memory that cannot be read")
-        areas, total = unpack(runs, self.max_chunk_bytes)
-        return total, Reading(inlet.neighbour, areas, total).fill
+        areas, total = unpack(message.runs, self.max_chunk_bytes)
+        if inlet.mapped is None or self._device is None:
+            return total, Reading(inlet.neighbour, areas, total).fill, None
+        if isinstance(message, m.Probe) and total > self._device.block[1]:
+            raise NotRuns(f"a test block of {total} bytes")
+        return total, None, inlet.mapped.here(areas)
 
     def _staging(self, inlet: Inlet, num_bytes: int) -> memoryview:
         if len(inlet.staging) < num_bytes:
@@ -176,7 +212,7 @@ class Inlets:
 
     def _pages(self, write: Write, num_bytes: int) -> list[memoryview] | None:
         """Where the chunk's bytes belong; None where they do not go there as they are, or in too many pieces."""
-        if num_bytes != write.slice.nbytes(self._layout) or self._layout.encoding != "Native":
+        if num_bytes != write.slice.nbytes(self._layout) or self._layout.encoding != "Native" or write.words:
             return None
         pages = self._store.views(write.pages, *write.slice.ranges)
         return pages if pages and num_bytes >= len(pages) * self.host.limits.least_piece_bytes else None

@@ -17,6 +17,7 @@ from lanewise.policy.blocks import DIGEST_BYTES, UNIT_TOKENS, KVLayout
 from lanewise.transfer.chunks import Slice
 from lanewise.transfer.neighbour import MAX_RUNS, RUN_BYTES
 from lanewise.transfer.records import MAX_FIELD, MAX_FIELDS, MAX_NAME, MAX_PROMPT_TOKENS, Key
+from lanewise.transfer.word_sum import word_sum
 
 PROTOCOL = 2
 """Major version: part of HELLO, and of what must be equal. 2: a chunk is of any range of heads, as the digest says."""
@@ -164,6 +165,7 @@ class Chunk(TransferMessage, tag="CHUNK", frozen=True, array_like=True):
     crc: Check  # of the payload frame
     mac: Annotated[bytes, Meta(max_length=16)] = b""  # over this header without it, and the payload
     runs: Runs = b""
+    words: bool = False  # the checksum is `word_sum`'s, as a GPU computes it, and not xxh3
 
     @property
     def slice(self) -> Slice:
@@ -250,6 +252,13 @@ def checksum(data: bytes | memoryview, *more: bytes | memoryview) -> bytes:
     for part in more:
         update(part)
     return state.digest()
+
+
+def chunk_checksum(words: bool, data: bytes | memoryview, *more: bytes | memoryview) -> bytes:
+    """As a CHUNK says it; where it is of `words`, ValueError if these are no whole ones."""
+    if words:
+        return word_sum(b"".join((data, *more)) if more else data)
+    return checksum(data, *more)
 
 
 def clip(reason: str) -> str:

@@ -39,15 +39,16 @@ class NotRuns(ValueError):
     """Bytes that name no parts of memory, or more than was allowed."""
 
 
-def place() -> bytes:
-    """Equal in processes that may be able to read each other's memory; empty: this one can read no other's."""
+def place(kind: str = "") -> bytes:
+    """Equal in processes that may be able to read each other's memory; empty: this one can read no other's. `kind`: of
+    memory, where that is not all the same."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read()
         names = os.readlink("/proc/self/ns/pid")
     except OSError:
         return b""
-    return hashlib.sha256(f"{boot} {names} {os.getuid()}".encode()).digest()[:16] if _readv else b""
+    return hashlib.sha256(f"{boot} {names} {os.getuid()}{kind}".encode()).digest()[:16] if _readv else b""
 
 
 def is_own(pid: int) -> bool:
@@ -66,11 +67,21 @@ def address_of(part: memoryview | bytearray) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(part))
 
 
+def areas_of(parts: Sequence[memoryview | bytearray]) -> Areas:
+    """Where parts of this process's memory are: as they know themselves (`PageStore.views`), else part by part."""
+    areas: Areas | None = getattr(parts, "areas", None)
+    return np.array([(address_of(part), len(part)) for part in parts], np.uint64) if areas is None else areas
+
+
 def pack(parts: Sequence[memoryview | bytearray]) -> bytes:
     """These parts of this process's memory, as `unpack` reads them; at most MAX_RUNS."""
-    runs = np.empty(len(parts), _RUN)
-    runs["address"] = [address_of(part) for part in parts]
-    runs["length"] = [len(part) for part in parts]
+    return packed(areas_of(parts))
+
+
+def packed(areas: Areas) -> bytes:
+    """Areas of less than 4 GiB each, likewise."""
+    runs = np.empty(len(areas), _RUN)
+    runs["address"], runs["length"] = areas[:, 0], areas[:, 1]
     return runs.tobytes()
 
 
@@ -113,7 +124,7 @@ class Neighbour:
         At most MAX_RUNS of each."""
         if _readv is None:
             raise OSError(errno.ENOSYS, "no memory of other processes can be read here")
-        mine = np.array([(address_of(part), len(part)) for part in into], np.uint64)
+        mine = areas_of(into)
         got = _readv(self.pid, mine.ctypes.data, len(mine), areas.ctypes.data, len(areas), 0)
         if got < 0:
             error = ctypes.get_errno()

@@ -17,9 +17,10 @@ from typing import Protocol
 
 import zmq
 
-from lanewise.transfer import direct, neighbour
+from lanewise.transfer import direct, ipc_link, neighbour
 from lanewise.transfer import messages as m
 from lanewise.transfer.faults import Frames
+from lanewise.transfer.ipc_link import Device
 from lanewise.transfer.records import Key, Limits
 from lanewise.transfer.trial import References, Route, Trial
 
@@ -50,6 +51,9 @@ class Owner(direct.Watcher, Protocol):
     def broken(self, address: str) -> None:
         """What was sent there and not acknowledged may be lost."""
 
+    def test_sockets(self, address: str, frames: Frames) -> None:
+        """Sends a test block beside the direct connection, by ZeroMQ."""
+
     def measured(self, address: str, partner: str, num_bytes: int, seconds: float) -> None:
         """So long takes a block to this partner by the way that is taken."""
 
@@ -66,8 +70,10 @@ class Outlet:
         owner: Owner,
         references: References,
         block_bytes: int,
+        device: Device | None = None,
     ) -> None:
-        """`where`: partner, port and token as HELLO_ACK names them; `block_bytes`: of a test block."""
+        """`where`: partner, port and token as HELLO_ACK names them; `block_bytes`: of a test block. `device`: in whose
+        memory the chunks lie that may be referred to."""
         self.where = where
         self.up = False
         self.route = Route.BYTES
@@ -76,7 +82,9 @@ class Outlet:
         self._owner = owner
         self._references = references
         self._block_bytes = block_bytes
-        self._token = bytearray(where[2])  # what we are known by to who reads our memory
+        self._device = device
+        # What we are known by to who reads our memory, and what of a GPU's it may read.
+        self._token = bytearray(where[2] + ipc_link.card(device))
         self._sock: socket.socket | None = None
         self._greeted = False
         self._trial: Trial | None = None
@@ -182,8 +190,11 @@ class Outlet:
             self.close()
             self._owner.impossible(self._address, "the decode worker cannot read this process's memory")
             return
-        routes = (*(() if demanded else (Route.BYTES,)), *((Route.REFERENCE,) if reads else ()))
+        others = () if demanded else (Route.BYTES, Route.ZEROMQ)
+        routes = (*others, *((Route.REFERENCE,) if reads else ()))
         self._trial = Trial(self._incarnation, self.where[0], self._block_bytes, routes)
+        if self._device:
+            self._trial.refer = ipc_link.refer_to(self._device)
         self.up, self._tries, self._due_at = True, 0, now + TRIAL_AFTER_S
 
     def _test(self, trial: Trial, now: float) -> None:
@@ -193,6 +204,9 @@ class Outlet:
             header, num_bytes = m.encode(probe), len(block) if block else 0
             parts: Frames = [direct.lengths(len(header), num_bytes) + header, *([block] if block else [])]
             self._due_at = trial.due_at
+            if block and trial.route is Route.ZEROMQ:
+                self._owner.test_sockets(self._address, [header, block])
+                return
             self._post(Letter(("", 0), parts, len(parts[0]) + num_bytes), now)
             return
         route = trial.best()

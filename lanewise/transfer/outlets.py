@@ -5,19 +5,21 @@ Must not: write them (`outlet.py` does), or decide which chunk goes.
 
 from __future__ import annotations
 
-from lanewise.transfer import direct, neighbour
+from lanewise.transfer import direct, ipc_link, neighbour
 from lanewise.transfer import messages as m
+from lanewise.transfer.ipc_link import Device
 from lanewise.transfer.outlet import Outlet, Owner
 from lanewise.transfer.records import Key
-from lanewise.transfer.trial import References
+from lanewise.transfer.trial import References, Route
 
 
 class Outlets:
-    def __init__(self, incarnation: str, owner: Owner, references: References) -> None:
+    def __init__(self, incarnation: str, owner: Owner, references: References, device: Device | None = None) -> None:
         self._incarnation = incarnation
         self._owner = owner
         self._references = references
-        self._place = neighbour.place()
+        self._device = device
+        self._place = ipc_link.place(device)
         if references is not References.NEVER:
             neighbour.open_to_siblings()
         self._outlets: dict[str, Outlet] = {}  # by address
@@ -36,7 +38,9 @@ class Outlets:
         elif takes:
             references = self._references if near else References.NEVER
             block_bytes = min(self._owner.limits.chunk_bytes, ack.max_chunk_bytes)
-            outlet = Outlet(address, where, self._incarnation, self._owner, references, block_bytes)
+            if self._device:
+                block_bytes = min(block_bytes, self._device.block[1])
+            outlet = Outlet(address, where, self._incarnation, self._owner, references, block_bytes, self._device)
             self._outlets[address] = outlet
             outlet.tick(now)
 
@@ -45,9 +49,9 @@ class Outlets:
             outlet.proved(ack, now)
 
     def to(self, address: str) -> Outlet | None:
-        """The connection to this address, where one is up."""
+        """The connection to this address, where one is up and data goes by it, or by reference."""
         outlet = self._outlets.get(address)
-        return outlet if outlet and outlet.up else None
+        return outlet if outlet and outlet.up and outlet.route is not Route.ZEROMQ else None
 
     def tick(self, now: float) -> None:
         for outlet in list(self._outlets.values()):

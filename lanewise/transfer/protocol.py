@@ -159,6 +159,7 @@ class Write(msgspec.Struct, frozen=True):
     seq: int
     slice: Slice
     crc: bytes
+    words: bool = False  # as in CHUNK
 
 
 Action = Send | SendProbe | Emit | Entered | Disconnect | Write

@@ -7,6 +7,7 @@ Owns: how much goes at a turn, and that a chunk's bytes are accounted for. Must 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -99,7 +100,9 @@ class Pump:
             return
         if faulty:
             load.buffer = None
-        crc = m.checksum(*load.parts)
+        if load.crc:
+            job = replace(job, words=True)
+        crc = load.crc or m.chunk_checksum(job.words, *load.parts)
         accepted = True
 
         def send(frames: Frames) -> None:

@@ -41,22 +41,25 @@ class Receiver:
         limits: Limits | None = None,
         security: Security | None = None,
         group_host: str = "",
+        group_device: str = "cpu",
         data_listen: str = "",
         direct: bool = True,
     ) -> None:
         """`data_listen`: where data goes with `Authenticated`; default: the port after that of control. Without
         encryption, where direct connections arrive; default: any free port. `direct`: whether they are taken at all.
-        `group_host`: this host's name towards partners; where set, data is taken by process groups too."""
+        `group_host`: this host's name towards partners; where set, data is taken by process groups too, through
+        the memory of `group_device`."""
         settings = (timers or Timers(), limits or Limits(), security or Security())
         self._thread = ReceiverThread(identity, store, on_event, faults, *settings)
-        self._listen, self._data_listen, self._group_host = listen, data_listen, group_host
+        self._listen, self._data_listen = listen, data_listen
+        self._group_host, self._group_device = group_host, group_device
         self._direct = direct and not settings[2].on and not group_host
 
     def start(self) -> str:
         """Binds, starts, and returns the endpoint with its real port."""
         endpoint = self._thread.bind(self._listen, self._data_listen)
         if self._group_host:
-            self._thread.use_groups(self._group_host)
+            self._thread.use_groups(self._group_host, self._group_device)
         if self._direct:
             self._thread.use_direct(self._data_listen or f"{self._listen.rpartition(':')[0]}:0")
         self._thread.start_thread()

@@ -110,7 +110,7 @@ class ReceiverTransfer:
             return actions
         self._check(chunk, piece, payload_bytes)
         self._writing[chunk.seq] = (chunk.crc, piece)
-        return [*actions, Write(self.key, self.pages, chunk.seq, piece, chunk.crc)]
+        return [*actions, Write(self.key, self.pages, chunk.seq, piece, chunk.crc, chunk.words)]
 
     def _check(self, chunk: m.Chunk, piece: Slice, payload_bytes: int) -> None:
         inside = (

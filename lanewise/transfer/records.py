@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from lanewise.fleet import Link
 from lanewise.policy.blocks import KVLayout, chain_hashes, prompt_hash
 from lanewise.request import Partner, Token
+
+if TYPE_CHECKING:
+    from lanewise.transfer.ipc_link import Device
 
 MIB = 1024 * 1024
 
@@ -61,6 +64,10 @@ class PageStore(Protocol):
     def layout(self) -> KVLayout: ...
 
     @property
+    def device_memory(self) -> Device | None:
+        """The memory of a GPU in which the KV lies, where processes of this host may have it from there."""
+
+    @property
     def head_shards(self) -> int:
         """So many processes hold the KV, an equal part of the heads each; 1: all of it is here."""
 
@@ -75,7 +82,7 @@ class PageStore(Protocol):
 
     def views(self, pages: Pages, tokens: range, layers: range, heads: range) -> list[memoryview] | None:
         """What `read` copies, writable, where it lies; None where that is not in this process's memory, or where the
-        heads of one token do not lie beside those of the next."""
+        heads of one token do not lie beside those of the next. The list may know its addresses (`neighbour.areas_of`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ class _SentChunk:
     crc: bytes = b""  # empty until first sent
     resends: int = 0
     acked: bool = False
+    words: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Job:
     seq: int
     slice: Slice
     resend: bool
+    words: bool = False  # which checksum it has, as in CHUNK
 
 
 class SendWindow:
@@ -86,19 +88,19 @@ class SendWindow:
         piece = self._cutter.peek(chunk_bytes)
         return piece is not None and self.sent_bytes + piece.nbytes(self._layout) <= self.credit
 
-    def take(self, chunk_bytes: int) -> tuple[int, Slice, bool] | None:
-        """(sequence number, what, whether it goes again)."""
+    def take(self, chunk_bytes: int) -> tuple[int, Slice, bool, bool] | None:
+        """(sequence number, what, whether it goes again, and then whether its checksum is of words)."""
         if not self.wants(chunk_bytes):
             return None
         if self._resend:
             seq = self._resend.popleft()
-            return seq, self._chunks[seq].slice, True
+            return seq, self._chunks[seq].slice, True, self._chunks[seq].words
         piece = self._cutter.peek(chunk_bytes)
         assert piece is not None
         self._cutter.take(piece)
         self._chunks.append(_SentChunk(piece))
         self._unsent += 1
-        return len(self._chunks) - 1, piece, False
+        return len(self._chunks) - 1, piece, False, False
 
     def sent(self, job: Job, crc: bytes, delivered: bool) -> None:
         """Handed to the network, or (`delivered` False) the network took it not and it must go again."""
@@ -106,7 +108,7 @@ class SendWindow:
         if chunk.crc not in (b"", crc):
             raise BrokenTransfer("the KV of this transfer changed while it was sent")
         if not job.resend:
-            chunk.crc = crc
+            chunk.crc, chunk.words = crc, job.words
             self._unsent -= 1
             self.sent_bytes += job.slice.nbytes(self._layout)
             self.unacked.add(job.seq)

@@ -42,20 +42,22 @@ class Sender:
         limits: Limits | None = None,
         security: Security | None = None,
         group_host: str = "",
+        group_device: str = "cpu",
         direct: bool = True,
         references: References = References.AUTO,
     ) -> None:
         """`direct`: whether chunks go by direct connections where nothing is encrypted and the partner takes them.
         `references`: whether a partner on this host may read them from this process's memory instead.
-        `group_host`: this host's name towards partners; where set, data goes by process groups (channel NCCL)."""
+        `group_host`: this host's name towards partners; where set, data goes by process groups (channel NCCL),
+        through the memory of `group_device`."""
         settings = (timers or Timers(), limits or Limits(), security or Security())
         self._thread = SenderThread(identity, store, on_event, faults, *settings)
-        self._group_host, self._references = group_host, references
+        self._group_host, self._group_device, self._references = group_host, group_device, references
         self._direct = direct and not settings[2].on and not group_host
 
     def start(self) -> None:
         if self._group_host:
-            self._thread.use_groups(self._group_host)
+            self._thread.use_groups(self._group_host, self._group_device)
         if self._direct:
             self._thread.use_direct(self._references)
         self._thread.start_thread()

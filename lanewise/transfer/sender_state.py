@@ -105,7 +105,7 @@ class SenderTransfer:
     def chunk(self, job: Job, crc: bytes) -> m.Chunk:
         piece = job.slice
         where = (piece.layer_lo, piece.layer_hi, piece.token_lo, piece.token_hi, piece.head_lo, piece.head_hi)
-        return m.Chunk(*self._names, job.seq, *where, crc)
+        return m.Chunk(*self._names, job.seq, *where, crc, words=job.words)
 
     def sent(self, job: Job, crc: bytes, delivered: bool, now: float) -> list[Action]:
         if not self.window.unacked:

@@ -13,7 +13,7 @@ import zmq
 from msgspec.structs import replace as replace_fields
 
 from lanewise.errors import ConfigError
-from lanewise.transfer import mac
+from lanewise.transfer import ipc_link, mac
 from lanewise.transfer import messages as m
 from lanewise.transfer.dealers import Connection, open_connection, open_data, writable
 from lanewise.transfer.faults import Faults, Frames, is_loopback
@@ -53,7 +53,9 @@ class SenderThread(SocketThread):
         limits: Limits,
         security: Security,
     ) -> None:
+        limits = ipc_link.fitting(limits, store)
         super().__init__("kv-sender", limits, Counters(), faults)
+        self._store = store
         self._security = security
         mac_key = mac.new_key if security.macs else bytes
         self.core = SenderCore(identity, timers, limits, self.counters, mac_key, store.head_shards)
@@ -66,12 +68,21 @@ class SenderThread(SocketThread):
 
     def use_direct(self, references: References) -> None:
         """Data goes by plain TCP connections where the partner takes them; before the thread starts."""
-        self._ways.outlets = Outlets(self._incarnation, self, references)
+        if references is not References.NEVER:
+            self._ways.device = ipc_link.checked(self._store.device_memory)
+            if references is References.ALWAYS and self._store.device_memory and not self._ways.device:
+                raise ConfigError("channel IPC: this GPU cannot be relied on; expected Auto or ZeroMQ")
+        self._ways.outlets = Outlets(self._incarnation, self, references, self._ways.device)
 
     # --- of direct connections
 
     def broken(self, address: str) -> None:
         self.core.resend(address)
+
+    def test_sockets(self, address: str, frames: Frames) -> None:
+        if connection := self._connections.get(address):
+            connection.probes[0] = frames
+            self._flush(connection)
 
     def measured(self, address: str, partner: str, num_bytes: int, seconds: float) -> None:
         self.perform(self.core.measured(address, partner, num_bytes, seconds), time.monotonic())
@@ -85,9 +96,9 @@ class SenderThread(SocketThread):
 
     # --- process groups
 
-    def use_groups(self, host: str) -> None:
+    def use_groups(self, host: str, device: str) -> None:
         """Data goes through process groups where the partner has them too; before the thread starts."""
-        port = self._ways.use_groups(self._incarnation, host, self.core.resend)
+        port = self._ways.use_groups(self._incarnation, host, self.core.resend, device)
         self.watch(port.socket, zmq.POLLIN, self._on_groups)
 
     def _on_groups(self, _now: float) -> None:

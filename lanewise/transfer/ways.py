@@ -18,18 +18,20 @@ import zmq
 from numpy.typing import NDArray
 
 from lanewise.policy.blocks import KVLayout
-from lanewise.transfer import direct
+from lanewise.transfer import direct, neighbour
 from lanewise.transfer.buffers import Buffers
 from lanewise.transfer.encoding import Encoding
 from lanewise.transfer.faults import Faults, Frames
 from lanewise.transfer.group_port import GroupPort
 from lanewise.transfer.groups import SenderGroups
+from lanewise.transfer.ipc_link import Device
 from lanewise.transfer.neighbour import MAX_RUNS, pack
 from lanewise.transfer.outlet import Letter, Outlet
 from lanewise.transfer.outlets import Outlets
 from lanewise.transfer.records import Key, Limits, PageStore
 from lanewise.transfer.send_window import Job
-from lanewise.transfer.zmq_link import MORE, NOBLOCK
+from lanewise.transfer.word_sum import packed
+from lanewise.transfer.zmq_link import MORE, NOBLOCK, log
 
 Bytes = NDArray[np.uint8]
 
@@ -44,6 +46,7 @@ class Load:
     in_place: bool
     buffer: Bytes | None = None  # they were gathered in; it comes back when they have left
     runs: bytes = b""  # what goes instead of them: where they lie, for a partner that reads this process's memory
+    crc: bytes = b""  # of words, where a GPU has computed it and there are no parts here
 
 
 Way = Callable[[Frames, Load, float], bool]
@@ -54,6 +57,7 @@ class Ways:
     def __init__(self, store: PageStore, layout: KVLayout, limits: Limits, faults: Faults) -> None:
         self.groups: SenderGroups | None = None
         self.outlets: Outlets | None = None
+        self.device: Device | None = None  # in whose memory the pool lies, and neighbours may read it
         self._store = store
         self._layout = layout
         self._encoding = Encoding.of(layout)
@@ -62,8 +66,8 @@ class Ways:
         self._faults = faults
         self._buffers = Buffers(limits.data_hwm * limits.stripes)
 
-    def use_groups(self, incarnation: str, host: str, on_broken: Callable[[str], None]) -> GroupPort:
-        self.groups = SenderGroups(incarnation, host, self._limits.chunk_bytes, on_broken)
+    def use_groups(self, incarnation: str, host: str, on_broken: Callable[[str], None], device: str) -> GroupPort:
+        self.groups = SenderGroups(incarnation, host, self._limits.chunk_bytes, on_broken, device)
         return self.groups.port
 
     def close(self) -> None:
@@ -91,6 +95,8 @@ class Ways:
         tokens, layers, heads = job.slice.ranges
         num_bytes = job.slice.wire_bytes(self._layout)
         refer = refer and not job.resend
+        if refer and self.device and (load := self._on_device(self.device, job)):
+            return load
         if (in_place or refer) and self._encoding is None:
             views = self._store.views(job.pages, tokens, layers, heads)
             if views and num_bytes >= len(views) * self._limits.least_piece_bytes:
@@ -106,6 +112,18 @@ class Ways:
             native = self._store.read(job.pages, tokens, layers, heads)
             self._encoding.encode(native.reshape(-1), len(tokens), len(layers), payload)
         return Load(job.key, [payload.data], num_bytes, False, buffer)
+
+    def _on_device(self, device: Device, job: Job) -> Load | None:
+        """Only where the bytes lie, and their checksum; None: they must go themselves."""
+        try:
+            areas = device.places(job.pages, *job.slice.ranges)
+            if areas is None or len(areas) > MAX_RUNS:
+                return None
+            crc = packed(device.checksum(areas))
+        except OSError as error:
+            log.warning("KV by CUDA IPC: %s", error)
+            return None
+        return Load(job.key, [], job.slice.nbytes(self._layout), False, runs=neighbour.packed(areas), crc=crc)
 
     def by_outlet(self, outlet: Outlet, frames: Frames, load: Load, now: float) -> bool:
         header, *parts = frames

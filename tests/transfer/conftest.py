@@ -15,6 +15,7 @@ import pytest
 from lanewise.policy.blocks import KVLayout
 from lanewise.request import Token
 from lanewise.transfer import Endpoint, Faults, Limits, Peer, Receiver, Sender, Timers
+from lanewise.transfer.ipc_link import Device
 from lanewise.transfer.keys import Security
 from lanewise.transfer.trial import References
 
@@ -52,6 +53,7 @@ class NumpyStore:
         self.free = list(range(num_pages))
         self.before_write: Callable[[], None] = lambda: None
         self.written = 0
+        self.device_memory: Device | None = None
         self.in_place = False  # whether chunks may be sent from pages and received into them without a copy between
 
     def take(self, tokens: int) -> list[int]:
@@ -85,12 +87,17 @@ class NumpyStore:
         self.written += len(data)
 
     def views(self, pages: list[int], tokens: range, layers: range, heads: range) -> list[memoryview] | None:
-        if not self.in_place:
-            return None
+        return self.pieces(pages, tokens, layers, heads) if self.in_place else None
+
+    def pieces(self, pages: list[int], tokens: range, layers: range, heads: range) -> list[memoryview]:
         flat = [self.pool[layer, plane].reshape(-1) for layer in layers for plane in (0, 1)]
         row, part = self.pool.shape[-1], self._in_row(heads)
         starts = [(pages[t // self.page_tokens] * self.page_tokens + t % self.page_tokens) * row for t in tokens]
         return [memoryview(plane[start + part.start : start + part.stop]) for plane in flat for start in starts]
+
+
+Dress = Callable[[NumpyStore], None]
+"""Makes a store another kind of memory before anybody uses it."""
 
 
 @dataclass
@@ -155,14 +162,18 @@ class Prefill:
         limits: Limits,
         security: Security | None = None,
         group_host: str = "",
+        group_device: str = "cpu",
         direct: bool = True,
         references: References = References.AUTO,
         head_shards: int = 1,
+        dress: Dress = lambda store: None,
     ) -> None:
         self.identity = identity
         self.store = NumpyStore(identity.layout, 512, 8, head_shards)
+        dress(self.store)
         self.log = Log()
         options = {"timers": timers, "limits": limits, "security": security, "group_host": group_host}
+        options["group_device"] = group_device
         options |= {"direct": direct, "references": references}
         self.sender = Sender(identity, self.store, self.log, faults, **options)
         self.sender.start()
@@ -187,12 +198,16 @@ class Decode:
         listen: str,
         security: Security | None = None,
         group_host: str = "",
+        group_device: str = "cpu",
         direct: bool = True,
+        dress: Dress = lambda store: None,
     ) -> None:
         self.identity = identity
         self.store = NumpyStore(identity.layout, 256, 16)
+        dress(self.store)
         self.log = Log()
         options = {"timers": timers, "limits": limits, "security": security, "group_host": group_host}
+        options["group_device"] = group_device
         options["direct"] = direct
         self.receiver = Receiver(identity, self.store, self.log, faults, listen=listen, **options)
         self.address = self.receiver.start()
@@ -236,11 +251,23 @@ class Net:
         limits: Limits | None = None,
         security: Security | None = None,
         group_host: str = "",
+        group_device: str = "cpu",
         references: References = References.AUTO,
         head_shards: int = 1,
+        dress: Dress = lambda store: None,
     ) -> Prefill:
         limits = limits or Limits(chunk_bytes=4096)
-        settings = (timers or Timers(), limits, security, group_host, self.direct, references, head_shards)
+        settings = (
+            timers or Timers(),
+            limits,
+            security,
+            group_host,
+            group_device,
+            self.direct,
+            references,
+            head_shards,
+            dress,
+        )
         side = Prefill(identity or endpoint(), faults, *settings)
         self.sides.append(side.sender)
         return side
@@ -254,11 +281,20 @@ class Net:
         listen: str = "tcp://127.0.0.1:0",
         security: Security | None = None,
         group_host: str = "",
+        group_device: str = "cpu",
+        dress: Dress = lambda store: None,
     ) -> Decode:
-        limits = limits or Limits()
-        side = Decode(
-            identity or endpoint(), faults, timers or Timers(), limits, listen, security, group_host, self.direct
+        settings = (
+            timers or Timers(),
+            limits or Limits(),
+            listen,
+            security,
+            group_host,
+            group_device,
+            self.direct,
+            dress,
         )
+        side = Decode(identity or endpoint(), faults, *settings)
         self.sides.append(side.receiver)
         return side
 

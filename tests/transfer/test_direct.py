@@ -19,6 +19,7 @@ from lanewise.transfer.chunks import Slice
 from lanewise.transfer.outlet import Outlet
 from lanewise.transfer.receiver_core import ReceiverCore
 from lanewise.transfer.records import Binding, Endpoint
+from lanewise.transfer.trial import Route, Trial
 
 IDS = list(range(400))
 LIMITS = Limits(chunk_bytes=8192, referred_bytes=8192, least_piece_bytes=1)
@@ -271,3 +272,25 @@ def test_any_bytes_are_a_greeting_and_lengths_within_limits_or_refused(data, mos
         header, payload = direct.read_lengths(data[: direct.LENGTHS_BYTES], most)
         assert 0 < header <= direct.MAX_HEADER_BYTES
         assert payload <= most
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_zeromq_carries_what_a_direct_connection_would_carry_slowly(net, monkeypatch, slow):
+    """As in a network that lets the one through at once and the other not: answers to its test blocks come late."""
+    if slow:
+        real = Trial.heard
+
+        def heard(trial: Trial, ack: m.ProbeAck, now: float) -> bool:
+            return real(trial, ack, now + (trial.route is Route.BYTES))
+
+        monkeypatch.setattr(Trial, "heard", heard)
+    prefill, decode = pair(net)
+    outlets = prefill.sender._thread._ways.outlets
+    outlet = outlets._outlets[decode.address]
+    net.eventually(lambda: outlet._trial is None, "the ways are tested")
+    assert (outlet.route, outlets.to(decode.address)) == ((Route.ZEROMQ, None) if slow else (Route.BYTES, outlet))
+    arrives(net, prefill, decode, ("r", 1))
+    assert decode.store.written == (len(IDS) * net.layout.bytes_per_token if slow else 0)
+    prefill.sender._thread.command(lambda now: outlet._break("test", now))
+    net.eventually(lambda: not outlet.up, "broken")
+    arrives(net, prefill, decode, ("r", 2))

@@ -34,6 +34,26 @@ def test_the_fastest_way_is_taken(seconds, best):
     assert trial.best() is best
 
 
+@pytest.mark.parametrize(
+    ("zeromq", "direct", "reference", "best"),
+    [
+        (1.0, 1.9, None, Route.BYTES),
+        (1.0, 2.1, None, Route.ZEROMQ),
+        (1.0, None, None, Route.ZEROMQ),
+        (None, 9.0, None, Route.BYTES),
+        (1.0, 1.0, 1.9, Route.REFERENCE),
+        (1.0, 1.9, 2.1, Route.BYTES),  # not in steps away from the fastest
+        (1.0, 3.0, 1.5, Route.REFERENCE),
+        (None, None, None, None),
+    ],
+)
+def test_of_three_ways_that_which_spares_the_cores_unless_it_is_slow(zeromq, direct, reference, best):
+    trial = Trial("p", "d", 1000, (Route.BYTES, Route.ZEROMQ, Route.REFERENCE))
+    found = {Route.ZEROMQ: zeromq, Route.BYTES: direct, Route.REFERENCE: reference}
+    trial.seconds = {route: seconds for route, seconds in found.items() if seconds is not None}
+    assert trial.best() is best
+
+
 def test_no_answer_is_no_way():
     trial = Trial("p", "d", 3, (Route.BYTES,))
     while trial.next(0.0):
