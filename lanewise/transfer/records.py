@@ -82,7 +82,7 @@ class PageStore(Protocol):
 
     def views(self, pages: Pages, tokens: range, layers: range, heads: range) -> list[memoryview] | None:
         """What `read` copies, writable, where it lies; None where that is not in this process's memory, or where the
-        heads of one token do not lie beside those of the next. The list may know its addresses: `neighbour.areas_of`."""
+        heads of one token do not lie beside those of the next. The list may know addresses: `neighbour.areas_of`."""
 
 
 @dataclass(frozen=True, slots=True)
