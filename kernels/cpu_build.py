@@ -5,7 +5,8 @@ Must not: load the library (native.py does) or fail because no compiler is there
 
 A library is named after its sources, flags and instructions, so a stale one is never found. `python -m
 lanewise.kernels.cpu_build` builds what this machine uses into the cache; with a DIRECTORY it builds every variant
-there, for images without a compiler: set LANEWISE_NATIVE_DIR.
+there, for images without a compiler: set LANEWISE_NATIVE_DIR. LANEWISE_NATIVE_AT_MOST names the best variant that may
+be used.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +38,20 @@ class Variant:
     name: str
     needs: frozenset[str]
     flags: tuple[str, ...]
+    optional: bool = False
+    """Whether a directory of all variants may lack it, since compilers still in use do not know the instructions."""
 
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512")
 _NEEDS_512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"})
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
+_NEEDS_BF16 = _NEEDS_512 | {"avx512_bf16", "avx512_vnni"}
+_HIDDEN = "-fvisibility=hidden"
+"""For what blocks differently: statics of templates are otherwise one for all libraries that a process has loaded."""
+_AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8", _HIDDEN)
 VARIANTS = (
-    Variant("avx512_bf16", _NEEDS_512 | {"avx512_bf16", "avx512_vnni"}, (*_AVX512, "-mavx512bf16", "-mavx512vnni")),
+    Variant("avx512_amx", _NEEDS_BF16 | {"amx_tile", "amx_bf16", "amx_int8"}, _AMX, optional=True),
+    Variant("avx512_bf16", _NEEDS_BF16, _AVX512_BF16),
     Variant("avx512", _NEEDS_512, _AVX512),
     Variant("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
 )
@@ -63,10 +72,14 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     return frozenset(found.split())
 
 
-def best_variant(flags: frozenset[str]) -> Variant:
-    for variant in VARIANTS:
-        if variant.needs <= flags:
-            return variant
+def usable_variants(flags: frozenset[str]) -> tuple[Variant, ...]:
+    """Those for a CPU with these flags that LANEWISE_NATIVE_AT_MOST allows, best first. Raises CannotBuild."""
+    names = [variant.name for variant in VARIANTS]
+    most = os.environ.get("LANEWISE_NATIVE_AT_MOST") or names[0]
+    if most not in names:
+        raise CannotBuild(f"LANEWISE_NATIVE_AT_MOST is {most!r}, which is none of {', '.join(names)}")
+    if found := tuple(variant for variant in VARIANTS[names.index(most) :] if variant.needs <= flags):
+        return found
     raise CannotBuild(f"this CPU ({platform.machine()}) has neither AVX2 with FMA nor AVX-512")
 
 
@@ -153,12 +166,22 @@ def _writable_directory() -> Path:
 
 def main(arguments: list[str]) -> None:
     if not arguments:
-        print(library(best_variant(cpu_flags())))
+        print(next(_built(usable_variants(cpu_flags()), library)))
         return
     where = Path(arguments[0])
     where.mkdir(parents=True, exist_ok=True)
-    for variant in VARIANTS:
-        print(build(variant, where))
+    for path in _built(VARIANTS, lambda variant: build(variant, where)):
+        print(path)
+
+
+def _built(variants: Sequence[Variant], make: Callable[[Variant], Path]) -> Iterator[Path]:
+    for variant in variants:
+        try:
+            yield make(variant)
+        except CannotBuild as error:
+            if not variant.optional:
+                raise
+            print(f"{variant.name} is left out, as it cannot be built here: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

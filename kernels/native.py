@@ -10,22 +10,25 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
 
 import numpy as np
+import structlog
 import torch
 from torch.nn.functional import pad
 
-from .cpu_build import VARIANTS, CannotBuild, Variant, best_variant, cpu_flags, library
+from .cpu_build import CannotBuild, Variant, cpu_flags, library, usable_variants
 from .plan import Span
 
-__all__ = ["CannotBuild", "Layer", "Model", "NativeDecoder", "PackedWeight", "Packer", "aligned", "available"]
+__all__ = ["CannotBuild", "Layer", "Model", "NativeDecoder", "PackedWeight", "Packer", "aligned", "available", "load"]
 
 PANEL = 32  # outputs that are packed together
 PLAIN, INT8, FP8, BYTES = range(4)  # `Kind` of cpu/packed.h
 LANES = 16  # sizes of vectors are multiples of this
 ALIGNMENT = 64  # a vector that crosses a cache line costs two reads
 
+
+log = structlog.get_logger(__name__)
 
 Memory = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
@@ -78,22 +81,34 @@ class _Batch(Structure):
     _fields_ = (("rows", c_int64), ("num_spans", c_int64), ("ids", c_void_p), ("spans", POINTER(_Span)))
 
 
-def available(asked: str = "") -> Variant:
-    """The instructions the native decoder will use, built and ready; `asked` names one. Raises CannotBuild."""
-    flags = cpu_flags()
-    variant = next((v for v in VARIANTS if v.name == asked), None) if asked else best_variant(flags)
-    if variant is None or not variant.needs <= flags:
-        raise CannotBuild(f"this CPU cannot run the native variant {asked!r}")
-    _load(variant)
-    return variant
+def available() -> Variant:
+    """The best instructions for the native decoder, built, checked and ready. Raises CannotBuild.
+
+    What cannot be built or fails its own check here leaves its place to the next, and the log says so.
+    """
+    refused: dict[str, str] = {}
+    for variant in usable_variants(cpu_flags()):
+        try:
+            load(variant)
+        except CannotBuild as error:
+            refused[variant.name] = str(error)
+            continue
+        for name, reason in refused.items():
+            log.warning("native_variant_refused", variant=name, reason=reason, instead=variant.name)
+        return variant
+    raise CannotBuild("; ".join(dict.fromkeys(refused.values())))
 
 
 @functools.cache
-def _load(variant: Variant) -> ctypes.CDLL:
+def load(variant: Variant) -> ctypes.CDLL:
+    """The library of a variant, built and checked. Raises CannotBuild, also where it says that it must not be used."""
     try:
         lib = ctypes.CDLL(str(library(variant)))
     except OSError as error:
         raise CannotBuild(f"the native library cannot be loaded: {error}") from error
+    lib.lw_refusal.argtypes, lib.lw_refusal.restype = (), c_char_p
+    if (reason := lib.lw_refusal()) is not None:
+        raise CannotBuild(f"{variant.name}: {reason.decode()}")
     lib.lw_open.argtypes, lib.lw_open.restype = (POINTER(Model), c_int, c_int), c_void_p
     lib.lw_close.argtypes, lib.lw_close.restype = (c_void_p,), None
     lib.lw_begin.argtypes, lib.lw_begin.restype = (c_void_p, POINTER(_Batch)), None
@@ -130,7 +145,7 @@ class Packer:
     PIECE_BYTES = 64 << 20
 
     def __init__(self, variant: Variant, threads: int) -> None:
-        self._library = _load(variant)
+        self._library = load(variant)
         self._threads = threads
         self._piece: Memory = np.empty(0, dtype=np.uint8)
         self._used = 0
@@ -182,7 +197,7 @@ class NativeDecoder:
     """A forward pass over `model`, whose memory the caller keeps alive; owns its threads."""
 
     def __init__(self, variant: Variant, model: Model, half: bool, threads: int) -> None:
-        self._library = _load(variant)
+        self._library = load(variant)
         self._num_layers: int = model.num_layers
         self._vocab: int = model.vocab
         self._handle = c_void_p(self._library.lw_open(byref(model), int(half), threads))
@@ -232,7 +247,7 @@ class NativeDecoder:
         return out
 
     def multiply(self, rows: torch.Tensor, packed: PackedWeight, columns: int) -> torch.Tensor:
-        """rows [n, k] times a packed weight with `columns` outputs, a multiple of 32, in fp32; as `attend`."""
+        """rows [n, k] times a packed weight with `columns` outputs, in fp32; as `attend`."""
         out = torch.empty((len(rows), columns), dtype=torch.float32)
         self._library.lw_multiply(
             self._handle, rows.data_ptr(), rows.shape[1], len(rows), byref(packed.record), columns, out.data_ptr()

@@ -15,7 +15,8 @@
 constexpr long BLOCK = 64;
 constexpr long MAX_HEAD_DIM = 256;
 constexpr long MAX_QUERY_ROWS = 96;
-constexpr long STRIP = 48;  // query rows that meet a block at once: their scores and its keys and values stay near
+// Query rows that meet a block at once: their scores and its keys and values stay near.
+constexpr long STRIP = HAS_TILES ? 2 * PAIR_ROWS : 48;
 
 struct Span {  // one sequence of the batch; mirrored in ../native.py
     int64_t first_row, num_new, num_context;
@@ -207,6 +208,8 @@ LW_INLINE void block_product(Tile t, long rows, long panels) {
     const auto step = [&](long wide) {
         t.panel += wide * t.panel_bytes, t.sums += wide * PANEL, p += wide;
     };
+    if constexpr (TILED<T, PLAIN>)
+        for (; p < panels; step(1)) tiled_block<PLAIN, ADDS>(t, rows);
     for (; p + WIDE <= panels; step(WIDE)) tiles<T, PLAIN, WIDE, ADDS>(t, rows);
     for (; p < panels; step(1)) tiles<T, PLAIN, 1, ADDS>(t, rows);
 }
@@ -267,6 +270,7 @@ template <class T>
 void attend(const AttentionTask& task, const Heads& h, const T* query, const T* keys, const T* values, long window,
             T* out) {
     static thread_local std::unique_ptr<Scratch<T>> scratch(new Scratch<T>());
+    const TileUse registers;
     Scratch<T>& s = *scratch;
     const long group = h.group(), count = (task.high - task.low) * group, padded = h.padded(), row_size = h.heads * h.dim;
     const long rows = count * (task.kv_high - task.kv_low);

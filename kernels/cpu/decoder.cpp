@@ -1,5 +1,6 @@
 // The C interface that native.py loads. Owns: handles. Must not: check shapes (the caller has).
 #include "decoder.h"
+#include "self_check.h"
 
 namespace {
 struct Handle {
@@ -14,7 +15,10 @@ struct Handle {
 };
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
+// Null where this library may be used here, else why not; asked before anything else is called.
+const char* lw_refusal() { return refusal(); }
 void* lw_open(const Model* model, int half, int threads) { return new Handle(*model, half != 0, threads); }
 void lw_close(void* handle) { delete static_cast<Handle*>(handle); }
 void lw_begin(void* handle, const Batch* batch) { static_cast<Handle*>(handle)->decoder->begin(*batch); }
@@ -39,3 +43,4 @@ void lw_pack_bytes(const uint8_t* from, int64_t rows, int64_t columns, int64_t v
     pack_bytes(pool, from, rows, columns, values, to);
 }
 }
+#pragma GCC visibility pop

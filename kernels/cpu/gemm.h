@@ -1,26 +1,18 @@
 // Products of activations with packed weights: one kernel for one row and for thousands.
 //
-// Owns: the register tiles, how a product is cut into tasks, scales and biases. Must not: know what a product is for; an
-// epilogue takes the finished sums. Every output is one chain of additions over k in order, whatever the number of rows:
-// a row's result is the same bits alone and in any batch.
+// Owns: how a product is cut into tasks and panels, on which registers it is made, scales and biases. Must not: know what a
+// product is for; an epilogue takes the finished sums. Every output is one chain of additions over k in order, whatever the
+// number of rows: a row's result is the same bits alone and in any batch.
 #pragma once
 #include <algorithm>
 
-#include "packed.h"
+#include "tiled_rows.h"
+#include "vector_rows.h"
 
-#if defined(__AVX512F__)
-constexpr int TILE_SUMS = 24;  // vectors; with the weights and one activation at most 29 of 32 registers
-constexpr int WIDE = 2;        // panels that many rows are multiplied with at once: a wide tile needs fewer loads
-#else
-constexpr int TILE_SUMS = 4;
-constexpr int WIDE = 1;
-#endif
-template <int PANELS>
-constexpr int most_rows = TILE_SUMS / (2 * PANELS);
-constexpr long FEW_ROWS = 2 * most_rows<1>;  // up to here one panel at a time, and bytes are widened in each tile
 constexpr long ROW_BLOCK = 128;
+constexpr long MOST_TILED_ROWS = 512;          // tiles meet a panel with as many rows as fit into half of an L2 cache of
+constexpr long TILED_ROWS_BYTES = 1024 << 10;  // 2 MiB: at their rate weights would else be read too often
 constexpr long TASK_BYTES = 128 << 10;
-constexpr long AHEAD_BYTES = 24 * PANEL * 4;
 
 template <class T>
 struct Rows {  // activations [count][k]; as bytes with their steps where the weights are BYTES
@@ -30,94 +22,11 @@ struct Rows {  // activations [count][k]; as bytes with their steps where the we
     const float* steps = nullptr;
 };
 
-struct Tile {              // some rows with some panels
-    const uint32_t* a;     // `stride` units apart
-    long stride, units;
-    const uint8_t* panel;  // the first; the next ones are `panel_bytes` apart
-    long panel_bytes;
-    float* sums;           // row r goes to sums + r * sums_stride
-    long sums_stride;
-    const int32_t* offsets = nullptr;  // BYTES
-    const float* factors = nullptr;    // what is in `sums` counts, times the factor of its row
-    const uint8_t* ahead = nullptr;    // fetched meanwhile, `ahead_step` bytes for each unit
-    long ahead_step = 0;
-};
-
-template <class T, int KIND, int PANELS, bool ADDS, int ROWS>
-void tile_rows(const Tile& t) {
-    constexpr long step = unit_bytes<T, KIND>;
-    constexpr int WIDTH = 2 * PANELS;
-    const uint32_t* a = t.a;
-    const uint8_t *panel = t.panel, *ahead = t.ahead;
-    const long stride = t.stride, units = t.units, panel_bytes = t.panel_bytes, ahead_step = t.ahead_step;
-    vf acc[ROWS][WIDTH];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-        for (int i = 0; i < WIDTH; i++)
-            acc[r][i] = ADDS ? load<vf>(t.sums + r * t.sums_stride + 16 * i) * t.factors[r] : vf{};
-    for (long k = 0; k < units; k++) {
-        vu weights[WIDTH];
-#pragma GCC unroll 2
-        for (int p = 0; p < PANELS; p++) {
-            const uint8_t* at = panel + p * panel_bytes + k * step;
-            read_unit<T, KIND>(at, weights[2 * p], weights[2 * p + 1]);
-            if (ROWS <= 4)
-                for (long line = 0; line < step; line += 64) __builtin_prefetch(at + AHEAD_BYTES + line);
-        }
-        if (ROWS > 4) __builtin_prefetch(ahead + k * ahead_step, 0, 2);
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++) {
-            const vu x = splat_unit(a[r * stride + k]);
-#pragma GCC unroll 4
-            for (int i = 0; i < WIDTH; i++)
-                if constexpr (KIND == BYTES)
-                    acc[r][i] = (vf)dot4((vi)acc[r][i], x, weights[i]);
-                else
-                    acc[r][i] = madd<T>(acc[r][i], x, weights[i]);
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-        for (int i = 0; i < WIDTH; i++) {
-            if constexpr (KIND == BYTES) acc[r][i] = to_float((vi)acc[r][i] - load<vi>(t.offsets + 16 * i));
-            store(t.sums + r * t.sums_stride + 16 * i, acc[r][i]);
-        }
-}
-
-template <class T, int KIND, int PANELS, bool ADDS, int ROWS>
-LW_INLINE void choose_rows(int rows, const Tile& t) {
-    if constexpr (ROWS > 1) {
-        if (rows < ROWS) return choose_rows<T, KIND, PANELS, ADDS, ROWS - 1>(rows, t);
-    }
-    tile_rows<T, KIND, PANELS, ADDS, ROWS>(t);
-}
-
-// Not a template of what follows: there are few of these.
-template <class T, int KIND, int PANELS, bool ADDS>
-__attribute__((noinline)) void any_rows(int rows, const Tile& t) {
-    choose_rows<T, KIND, PANELS, ADDS, most_rows<PANELS>>(rows, t);
-}
-
-// `all`, which has `rows` rows, in tiles of nearly equal height; panels are near.
-template <class T, int KIND, int PANELS, bool ADDS>
-LW_INLINE void tiles(const Tile& all, long rows) {
-    const long count = (rows + most_rows<PANELS> - 1) / most_rows<PANELS>;
-    Tile t = all;
-    t.ahead = all.panel;
-    for (long i = 0; i < count; i++) {
-        const long low = rows * i / count, high = rows * (i + 1) / count;
-        t.a = all.a + low * all.stride, t.sums = all.sums + low * all.sums_stride;
-        if constexpr (ADDS) t.factors = all.factors + low;
-        any_rows<T, KIND, PANELS, ADDS>(int(high - low), t);
-    }
-}
-
 // Rows [0, rows) of `a`, `units` long, with PANELS panels; epilogue(row, panel, first 16 sums, last 16). `next` follows.
 template <class T, int KIND, int PANELS, class Epilogue>
 LW_INLINE void panel_rows(const uint32_t* a, long units, long rows, const uint8_t* panel, const uint8_t* next,
                           const Epilogue& epilogue, const int32_t* offsets = nullptr) {
+    if constexpr (TILED<T, KIND>) return tiled_panels<KIND, PANELS>(a, units, rows, panel, next, epilogue, offsets);
     alignas(64) float sums[TILE_SUMS * 16];
     const long bytes = units * unit_bytes<T, KIND>, count = (rows + most_rows<PANELS> - 1) / most_rows<PANELS>;
     Tile t{a, units, units, panel, bytes, sums, PANELS * PANEL, offsets};
@@ -134,11 +43,11 @@ LW_INLINE void panel_rows(const uint32_t* a, long units, long rows, const uint8_
     }
 }
 
-// As `panel_rows` for weights of INT8 or FP8.
+// As `panel_rows` for weights of INT8 or FP8. Tiles want all rows widened alike.
 template <class T, int KIND, int PANELS, class Epilogue>
 LW_INLINE void widened_rows(const uint32_t* a, long units, long rows, const uint8_t* panel, const uint8_t* next,
                             const Epilogue& epilogue) {
-    if (rows <= FEW_ROWS) return panel_rows<T, KIND, PANELS>(a, units, rows, panel, next, epilogue);
+    if (!TILED<T, PLAIN> && rows <= FEW_ROWS) return panel_rows<T, KIND, PANELS>(a, units, rows, panel, next, epilogue);
     static thread_local Buffer<uint8_t> buffer;
     const long bytes = units * PANEL * 4;
     uint8_t* plain = buffer.get(PANELS * bytes);
@@ -163,6 +72,21 @@ LW_INLINE void some_panels(const Rows<T>& a, long low, long high, const Packed& 
     panel_rows<T, BYTES, PANELS>(in, a.k / 4, count, panel, after, epilogue, w.offsets + p * PANEL);
 }
 
+struct Cut {  // rows in blocks of nearly equal size that begin at multiples of `grain`
+    long rows, blocks, grain;
+    long row(long block) const { return block < blocks ? rows * block / blocks / grain * grain : rows; }
+};
+
+// Blocks of rows for a product: `enough` where so many are wanted for even shares and rows are many enough.
+template <class T>
+Cut row_blocks(const Rows<T>& a, int64_t kind, long enough) {
+    const bool tiled = kind == BYTES ? TILED<T, BYTES> : TILED<T, PLAIN>;
+    const long fit = TILED_ROWS_BYTES / (a.k * long(kind == BYTES ? 1 : sizeof(T))) / PAIR_ROWS * PAIR_ROWS;
+    const long most = tiled ? std::max(ROW_BLOCK, std::min(MOST_TILED_ROWS, fit)) : ROW_BLOCK;
+    const long least = tiled ? PAIR_ROWS : FEW_ROWS;
+    return {a.count, std::max((a.count + most - 1) / most, std::min(enough, a.count / least)), tiled ? PAIR_ROWS : 1};
+}
+
 // epilogue(row, first column, left 16, right 16) for all rows and all panels, scaled and with `bias` (may be null).
 template <class T, class Epilogue>
 void multiply(Pool& pool, const Rows<T>& a, const Packed& w, long panels, const float* bias, const Epilogue& epilogue) {
@@ -171,11 +95,11 @@ void multiply(Pool& pool, const Rows<T>& a, const Packed& w, long panels, const 
     const long share = (panels + 3 * pool.threads() - 1) / (3 * pool.threads());
     const long group = std::max(1L, std::min(TASK_BYTES / panel_bytes, share) / wide) * wide;
     const long groups = (panels + group - 1) / group;
-    const long enough = std::min((6 * pool.threads() + groups - 1) / groups, a.count / FEW_ROWS);  // for even shares
-    const long blocks = std::max((a.count + ROW_BLOCK - 1) / ROW_BLOCK, enough);
-    pool.run(blocks * groups, [&](long task) {
+    const Cut cut = row_blocks<T>(a, w.kind, (6 * pool.threads() + groups - 1) / groups);
+    pool.run(cut.blocks * groups, [&](long task) {
+        const TileUse registers;
         const long block = task / groups, first = task % groups * group, stop = std::min(first + group, panels);
-        const long low = a.count * block / blocks, high = a.count * (block + 1) / blocks;
+        const long low = cut.row(block), high = cut.row(block + 1);
         const auto finish = [&](long r, long c, vf left, vf right) LW_INLINE_LAMBDA {
             if (a.steps && w.kind == BYTES) left *= a.steps[r], right *= a.steps[r];
             if (w.scales) left *= load<vf>(w.scales + c), right *= load<vf>(w.scales + c + 16);

@@ -7,8 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lanewise.engine import native_model
 from lanewise.engine.runner import Work
 from lanewise.request import Sampling
+from tests.engine.test_native import needs
+from tests.kernels.emulated import EMULATED
 
 GREEDY = Sampling(max_tokens=32, temperature=0.0)
 NEAR = 0.25
@@ -16,10 +19,14 @@ NEAR = 0.25
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("kernels", ["auto", "torch", "emulated tiles"])
 def test_continuations_differ_only_where_the_best_two_are_near(
-    family, kernels, build_model, load, driver, record_property
+    family, kernels, build_model, load, driver, record_property, monkeypatch
 ):
+    if kernels == "emulated tiles":
+        needs(EMULATED)
+        monkeypatch.setattr(native_model, "available", lambda: EMULATED)
+        kernels = "native"
     engine = load(build_model(family)[0], dtype="bfloat16", kernels=kernels)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, 512, (length,), generator=generator).tolist() for length in range(5, 400, 33)]

@@ -11,8 +11,10 @@ from lanewise.engine import native_model
 from lanewise.engine.runner import Engine, Work
 from lanewise.errors import ConfigError
 from lanewise.kernels import cpu_build, native
-from lanewise.kernels.cpu_build import VARIANTS, CannotBuild, Variant, best_variant, cpu_flags
+from lanewise.kernels.cpu_build import VARIANTS, CannotBuild, Variant, cpu_flags, usable_variants
 from lanewise.request import Sampling
+from tests.engine.conftest import native_kernels
+from tests.kernels.emulated import EMULATED
 
 FIRST = Sampling(max_tokens=1, temperature=0.0, logprobs=512)
 LENGTHS = (1, 70, 200)
@@ -40,19 +42,19 @@ def needs(variant: Variant) -> None:
     if not variant.needs <= cpu_flags():
         pytest.skip(f"this CPU has no {', '.join(sorted(variant.needs - cpu_flags()))}")
     try:
-        native.available(variant.name)
+        native.load(variant)
     except CannotBuild as error:
         pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", [*VARIANTS, EMULATED], ids=lambda variant: variant.name)
 def test_every_set_of_instructions_agrees_with_torch(variant, dtype, build_model, load, driver, monkeypatch):
     needs(variant)
     # An odd inner size, and heads that are no multiple of a panel.
     directory, _ = build_model("qwen3", intermediate_size=88, head_dim=48, num_attention_heads=6)
     expected = top_logprobs(load(directory, dtype="float32", kernels="torch"), driver)
-    monkeypatch.setattr(native_model, "available", lambda: native.available(variant.name))
+    monkeypatch.setattr(native_model, "available", lambda: variant)
     engine = load(directory, dtype=dtype)
     assert engine.kernels == f"native {variant.name}"
     for left, right in zip(top_logprobs(engine, driver), expected, strict=True):
@@ -61,9 +63,14 @@ def test_every_set_of_instructions_agrees_with_torch(variant, dtype, build_model
         assert differences.mean() < (5e-5 if dtype == "float32" else 0.1)
 
 
+@pytest.mark.parametrize("variant", ["best", "emulated tiles"])
 @pytest.mark.parametrize("family", ["qwen2-window", "llama3"])
-def test_threads_and_chunks_change_no_bit(family, build_model, load, driver):
-    needs(best_variant(cpu_flags()))
+def test_threads_and_chunks_change_no_bit(family, variant, build_model, load, driver, monkeypatch):
+    if variant == "emulated tiles":
+        needs(EMULATED)
+        monkeypatch.setattr(native_model, "available", lambda: EMULATED)
+    elif not native_kernels():
+        pytest.skip("no native kernels on this machine")
     directory, _ = build_model(family)
     one = load(directory, dtype="bfloat16", threads=1)
     two = load(directory, dtype="bfloat16", threads=2, page_tokens=64)
@@ -77,7 +84,7 @@ def test_without_a_compiler_torch_serves(build_model, load, monkeypatch, tmp_pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
+    monkeypatch.setattr(native, "load", native.load.__wrapped__)
     directory, _ = build_model("qwen2")
     assert load(directory).kernels == "torch"
     with pytest.raises(ConfigError, match="no C\\+\\+ compiler"):
@@ -108,6 +115,16 @@ def test_ready_made_libraries_need_no_compiler(monkeypatch, tmp_path):
 def test_instructions_are_chosen_by_what_the_cpu_says(tmp_path):
     info = tmp_path / "cpuinfo"
     info.write_text("processor: 0\nflags\t\t: fpu avx2 fma sse2\nflags\t\t: other\n")
-    assert best_variant(cpu_flags(info)).name == "avx2"
+    assert [variant.name for variant in usable_variants(cpu_flags(info))] == ["avx2"]
     with pytest.raises(CannotBuild, match="neither AVX2"):
-        best_variant(cpu_flags(Path(tmp_path / "missing")))
+        usable_variants(cpu_flags(Path(tmp_path / "missing")))
+
+
+def test_the_best_instructions_can_be_forbidden(monkeypatch):
+    everything = frozenset().union(*(variant.needs for variant in VARIANTS))
+    assert usable_variants(everything) == VARIANTS
+    monkeypatch.setenv("LANEWISE_NATIVE_AT_MOST", "avx512_bf16")
+    assert [variant.name for variant in usable_variants(everything)] == ["avx512_bf16", "avx512", "avx2"]
+    monkeypatch.setenv("LANEWISE_NATIVE_AT_MOST", "sse2")
+    with pytest.raises(CannotBuild, match="'sse2', which is none of avx512_amx"):
+        usable_variants(everything)

@@ -7,18 +7,22 @@ import torch
 
 from lanewise.engine.quantise import Linear, apply, quantise
 from lanewise.kernels.cpu_build import VARIANTS, CannotBuild, Variant, cpu_flags
-from lanewise.kernels.native import Model, NativeDecoder, Packer, available
+from lanewise.kernels.native import Model, NativeDecoder, Packer, available, load
+from tests.kernels.emulated import EMULATED
 from tests.kernels.test_attention import DIM, HEADS, KV_HEADS, Case
 
 SHAPES = [(0, 1), (63, 1), (0, 40), (64, 1), (17, 5), (200, 1), (100, 33), (15, 1), (33, 2)]
 
 
-@pytest.fixture(scope="module")
-def variant() -> Variant:
+@pytest.fixture(scope="module", params=["best", "emulated tiles"])
+def variant(request: pytest.FixtureRequest) -> Variant:
     try:
-        return available()
+        if request.param == "best":
+            return available()
+        load(EMULATED)
     except CannotBuild as error:
         pytest.skip(str(error))
+    return EMULATED
 
 
 def decoder(variant: Variant, page_tokens: int, dtype: torch.dtype, threads: int = 2) -> NativeDecoder:
@@ -58,7 +62,7 @@ def test_company_and_threads_change_no_bit(variant):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("k", "columns"), [(64, 32), (96, 1376), (770, 64)])
+@pytest.mark.parametrize(("k", "columns"), [(64, 32), (96, 1376), (770, 64), (80, 70)])
 def test_products_of_every_height(variant, dtype, k, columns):
     generator = torch.Generator().manual_seed(k)
     weight = torch.randn(columns, k, generator=generator).to(dtype)
@@ -67,17 +71,19 @@ def test_products_of_every_height(variant, dtype, k, columns):
     whole = kernels.multiply(rows, packed, columns)
     expected = rows.double() @ weight.double().T
     assert (whole.double() - expected).abs().max() < 1e-3
-    for height in (*range(1, 27), 95, 96, 97, 193):  # every tile, and both sides of a block
+    for height in (*range(1, 41), 95, 96, 97, 193):  # every tile, and both sides of a block
         assert torch.equal(kernels.multiply(rows[:height], packed, columns), whole[:height])
+    for threads in (1, 3):
+        assert torch.equal(decoder(variant, 16, dtype, threads).multiply(rows, packed, columns), whole)
 
 
-@pytest.mark.parametrize("variant_of", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant_of", [*VARIANTS, EMULATED], ids=lambda variant: variant.name)
 @pytest.mark.parametrize("form", ["int8", "fp8", "w8a8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_with_weights_of_one_byte(variant_of, form, dtype):
     if not variant_of.needs <= cpu_flags():
         pytest.skip(f"this CPU has no {', '.join(sorted(variant_of.needs - cpu_flags()))}")
-    available(variant_of.name)
+    load(variant_of)
     generator = torch.Generator().manual_seed(3)
     layer = quantise(Linear(torch.randn(96, 208, generator=generator) * torch.rand(96, 1, generator=generator)), form)
     assert layer.scales is not None
@@ -87,5 +93,5 @@ def test_products_with_weights_of_one_byte(variant_of, form, dtype):
     kernels = decoder(variant_of, 16, dtype)
     whole = kernels.multiply(rows, packed, 96)
     torch.testing.assert_close(whole, apply(layer, rows.float()), atol=2e-4 if form != "w8a8" else 2e-3, rtol=1e-5)
-    for height in (*range(1, 27), 95, 96, 97):  # every tile, both sides of where panels are widened and of a block
+    for height in (*range(1, 41), 95, 96, 97):  # every tile, both sides of where panels are widened and of a block
         assert torch.equal(kernels.multiply(rows[:height], packed, 96), whole[:height])
