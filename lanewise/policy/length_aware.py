@@ -7,11 +7,13 @@ Must not: read a clock, or tune itself to anything but the cost model, the targe
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from heapq import merge
+from math import exp, inf, log
 
 from lanewise.policy.batching import BatchPlan, BatchPolicy, Job
+from lanewise.policy.composition import MOST_GROWTH, Batch
 from lanewise.policy.cost import CostModel
 from lanewise.policy.feasible import Due, keep_most, shortest_safe_first
 from lanewise.policy.sizing import QUANTUM, Sizes, Waiting
@@ -19,11 +21,13 @@ from lanewise.policy.window import ArrivalRate, Surprises, hold_until
 
 DEFAULT_TARGET_S = 0.4
 CAUTION = 1.5  # a request is overtaken only while its slack is this many times the work that overtakes it
-SENIORITY = 4.0  # a late request ranks as if it had come this many times its own work later ...
-SENIORITY_CAP = 25.0  # ... but at most this many targets: ageing
+URGENCY = 25.0  # work of one who would be late without it is worth this many times as much, and e times less for each
+URGENT = 0.25  # of the target that is left as slack
+SENIORITY = 5.0  # targets: a late request with e times the work of another ranks as if it had come this much later
 OLD_TARGETS = 7.0  # a late request is old after this many targets ...
 OLD_PILES = 4.0  # ... and this many times the late work that waits: an old one among little work is due a share,
 OLD_SHARE = 0.3  # of every batch; old ones among much work are served in turn anyway
+TINY_S = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ class LengthAware(BatchPolicy):
     def _become_late(self, job: Job) -> None:
         seconds = self._seconds(job)
         self._count += 1
-        rank = job.arrival_s + min(SENIORITY * seconds, SENIORITY_CAP * self._target_s)
+        rank = job.arrival_s + SENIORITY * self._target_s * log(max(seconds, TINY_S) / self._target_s)
         self._late[job.key] = (rank, self._count)
         insort(self._late_queue, (rank, self._count, _Late(job, seconds)))
         self._late_seconds += seconds
@@ -108,23 +112,42 @@ class LengthAware(BatchPolicy):
         sizes, start = self._sizes, now + self._sizes.least_batch_s
         kept, given_up = keep_most(list(self._hopeful.values()), start)
         budget = sizes.budget(self._waiting(kept, now), now)
-        batch = _Batch(self.cost, budget, now)
+        most = min(int(budget * MOST_GROWTH), self.max_batch_tokens)
+        batch = Batch(self.cost, budget, most, self._rate.at(now), now)
         old = self._old(now)
         if old is not None:
             batch.take(old, max(int(budget * OLD_SHARE), 1))
-        on_time = [self.jobs[due.key] for due in shortest_safe_first(kept, start, CAUTION, sizes.large * sizes.token_s)]
-        for job in on_time:
-            batch.add_on_time(job)
-        for due in given_up:
-            batch.add(self.jobs[due.key])
-        for _, _, late in self._late_queue:
-            if batch.full or not batch.add(late.job):
-                break
-        held = None if self._late or given_up else self._hold(on_time, batch, now)
+        on_time = shortest_safe_first(kept, start, CAUTION, sizes.large * sizes.token_s)
+        self._fill(batch, on_time, given_up, now)
+        held = None if self._late or given_up else self._hold(kept, batch, now)
         if held is not None:
             return BatchPlan(wait_until_s=held)
         self._surprises.began(now)
         return BatchPlan(tuple(batch.chunks))
+
+    def _fill(self, batch: Batch, on_time: Sequence[Due], given_up: Sequence[Due], now: float) -> None:
+        """Those who can be on time, those given up and the late, each in their own order; of the three who are first
+        the one whose work is worth most is next.
+
+        A second of work ends one request of a second or ten of a tenth, so it is worth 1 / work, and more for who is
+        about to become late. So the late and given up who are nearly done go before long work that has time.
+        """
+        lines = (
+            ((self._worth(due, now), True, due.key) for due in on_time),
+            ((1 / max(due.seconds, TINY_S), False, due.key) for due in given_up),
+            ((1 / max(late.seconds, TINY_S), False, late.job.key) for _, _, late in self._late_queue),
+        )
+        for _, hopeful, key in merge(*lines, key=lambda item: -item[0]):
+            if batch.full:
+                break
+            if hopeful:
+                batch.add_on_time(self.jobs[key])
+            else:
+                batch.add(self.jobs[key])
+
+    def _worth(self, due: Due, now: float) -> float:
+        slack = max(due.deadline_s - now - due.seconds, 0.0)
+        return (1 + URGENCY * exp(-slack / (URGENT * self._target_s))) / max(due.seconds, TINY_S)
 
     def _waiting(self, kept: list[Due], now: float) -> Waiting:
         return Waiting(kept, self._late_seconds, len(self.jobs), self._rate.at(now), self._surprises.share)
@@ -148,97 +171,9 @@ class LengthAware(BatchPolicy):
         limit = OLD_TARGETS * self._target_s + OLD_PILES * self._late_seconds
         return first if now - first.arrival_s > limit else None
 
-    def _hold(self, on_time: list[Job], batch: _Batch, now: float) -> float | None:
+    def _hold(self, on_time: list[Due], batch: Batch, now: float) -> float | None:
         """Waiting pays only for a batch that is thin, alone, and made of requests that are not begun."""
         if batch.tokens >= self.cost.knee_tokens or len(batch.chunks) < len(on_time):
             return None
         oldest = min(job.arrival_s for job in on_time)
         return hold_until(now, oldest, len(on_time), batch.seconds, self._rate.at(now), now + batch.least_slack_s)
-
-
-class _Batch:
-    """A batch in the making."""
-
-    def __init__(self, cost: CostModel, budget: int, now: float) -> None:
-        self.chunks: list[tuple[Hashable, int]] = []
-        self.tokens = 0
-        self._cost, self._budget, self._now = cost, budget, now
-        self._quantum_s = cost.batch(budget, 0.0, 0, 1)
-        self._attention_s = 0.0
-        self._least_s = inf  # the batch may last this long, or someone in it who could be on time is late
-        self._taken: Hashable = None
-
-    @property
-    def full(self) -> bool:
-        return self.tokens >= self._budget
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds_with(0, 0.0)
-
-    @property
-    def least_slack_s(self) -> float:
-        return self._least_s - self.seconds
-
-    def _seconds_with(self, tokens: int, attention: float) -> float:
-        return self._cost.batch(self.tokens + tokens, self._attention_s + attention, 1, len(self.chunks) + 1)
-
-    def take(self, job: Job, most: int) -> None:
-        """Up to `most` tokens of the job, unconditionally."""
-        new = min(job.remaining_tokens, most)
-        self.chunks.append((job.key, new))
-        self.tokens += new
-        self._attention_s += self._cost.attention(new, job.context_tokens)
-        self._taken = job.key
-
-    def add_on_time(self, job: Job) -> None:
-        """A request that can be on time: all of it, or what the budget leaves; never at the price of one already in."""
-        room = self._budget - self.tokens
-        if room <= 0 or job.key == self._taken:
-            return
-        new = min(job.remaining_tokens, room)
-        finishes = new == job.remaining_tokens
-        slack = job.ttft_deadline_s - self._now
-        limit = min(self._least_s, slack) if finishes else self._least_s
-        attention = self._cost.attention(new, job.context_tokens)
-        if self.chunks and self._seconds_with(new, attention) > limit:
-            if finishes:
-                return  # the next batch serves it better
-            new = min(new, self._fitting(job, self._least_s))
-            if new <= 0:
-                return
-            attention = self._cost.attention(new, job.context_tokens)
-        self._put(job, new, attention)
-        if finishes:
-            self._least_s = min(self._least_s, slack)
-
-    def add(self, job: Job) -> bool:
-        """Work that is late or given up: fills what is left, within the quantum in seconds; False: no room."""
-        if job.key == self._taken:
-            return True
-        new = min(job.remaining_tokens, self._budget - self.tokens)
-        if self.chunks:
-            new = min(new, self._fitting(job, min(self._quantum_s, self._least_s)))
-        if new <= 0 or (self.chunks and new < min(job.remaining_tokens, MIN_FILLER)):
-            return False
-        self._put(job, new, self._cost.attention(new, job.context_tokens))
-        return True
-
-    def _put(self, job: Job, new: int, attention: float) -> None:
-        self.chunks.append((job.key, new))
-        self.tokens += new
-        self._attention_s += attention
-
-    def _fitting(self, job: Job, limit_s: float) -> int:
-        """Tokens of the job that keep the batch within `limit_s`: a long context makes each token dearer."""
-        left = limit_s - self._seconds_with(0, 0.0)
-        if left <= 0:
-            return 0
-        half = self._cost.attention_s
-        linear = self._cost.token_s + half * job.context_tokens
-        if half <= 0:
-            return int(left / linear)
-        return int((sqrt(linear * linear + 2 * half * left) - linear) / half)
-
-
-MIN_FILLER = 64  # fewer tokens than this of a long late prompt are not worth a chunk (its context is read again)
