@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -78,6 +78,7 @@ class FleetView:
     lanes: tuple[LaneFacts, ...] = ()
     models: frozenset[str] = frozenset()
     replies: tuple[Any, ...] = field(default=(), compare=False)  # FleetReply of each router
+    silent: frozenset[str] = field(default=frozenset(), compare=False)  # addresses that did not answer
 
 
 NOTHING_KNOWN = FleetView()
@@ -89,17 +90,23 @@ class FleetClient:
     def __init__(self, *, timeout_s: float = CALL_TIMEOUT_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeout_s, self._clock = timeout_s, clock
 
-    async def ask(self, addresses: Sequence[str]) -> FleetView:
-        """One view from all routers at `addresses` (host:port). A router that does not answer in time is left out."""
-        replies = await asyncio.gather(*(self._snapshot(address) for address in addresses))
-        return merge([reply for reply in replies if reply is not None], len(addresses), self._clock())
+    async def ask(self, addresses: Sequence[str], max_hold_s: float | None = None) -> FleetView:
+        """One view from all routers at `addresses` (host:port). A router that does not answer in time is left out.
 
-    async def _snapshot(self, address: str) -> Any | None:
+        `max_hold_s`: they are told that from now on no request waits longer for workers.
+        """
+        question = pb.FleetRequest(max_hold_s=max_hold_s)
+        replies = await asyncio.gather(*(self._snapshot(address, question) for address in addresses))
+        silent = frozenset(address for address, reply in zip(addresses, replies, strict=True) if reply is None)
+        found = merge([reply for reply in replies if reply is not None], len(addresses), self._clock())
+        return replace(found, silent=silent)
+
+    async def _snapshot(self, address: str, question: pb.FleetRequest) -> Any | None:
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.enable_retries", 0)]
         async with grpc.aio.insecure_channel(address, options=options) as channel:
             stub = pb_grpc.FleetStub(channel)  # type: ignore[no-untyped-call]
             try:
-                return await stub.Snapshot(pb.FleetRequest(), timeout=self._timeout_s)
+                return await stub.Snapshot(question, timeout=self._timeout_s)
             except grpc.aio.AioRpcError:
                 return None
 

@@ -23,9 +23,10 @@ from lanewise.errors import ConfigError
 from lanewise.operator import names
 from lanewise.operator.cluster import ApiError, Fenced, Unavailable, scale_of
 from lanewise.operator.observed import Key, Known
+from lanewise.operator.plan_config import LONGEST_HOLD_S
 from lanewise.operator.reconcile import problems, read, router_addresses
 from lanewise.operator.scaling_status import active, inactive, previous_status, worth_writing
-from lanewise.operator.scaling_view import Memory, conflict, observe
+from lanewise.operator.scaling_view import Memory, conflict, observe, oldest
 from lanewise.policy.scaling import decide
 from lanewise.policy.scaling_types import Decision, Observation, State
 from lanewise.scaling_rules import floors_at, rules_of
@@ -39,6 +40,7 @@ KIND = "ScalingPolicy"
 MANAGER = "lanewise-scaling"
 ASLEEP_S = 1.0  # between looks at a service that is scaled to zero: a held request waits for no more than this
 LONGEST_LOOK_S = 20.0
+ECHO_S = 5.0  # in which a watch tells of a write; later, somebody else has written since
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 
 log = structlog.get_logger(__name__)
@@ -53,6 +55,14 @@ class _Entry:
     memory: Memory = field(default_factory=Memory)
     due: float = 0.0  # monotonic
     written_at: float = float("-inf")
+    asked: tuple[int, int] = (0, 0)  # counts that were written last
+    asked_at: float = float("-inf")  # monotonic
+
+    def unseen(self, known: Known, service: str, now: float) -> bool:
+        """Whether the watch has yet to tell of what was just written: on older counts no decision may rest."""
+        found = (known.child("Deployment", f"{service}-{role}") for role in names.WORKERS)
+        there = tuple(int(item["spec"].get("replicas", 1)) if item is not None else -1 for item in found)
+        return now - self.asked_at < ECHO_S and there != self.asked
 
 
 class Scaler:
@@ -68,6 +78,7 @@ class Scaler:
         """A ScalingPolicy was seen, changed or deleted."""
         key = (body["metadata"]["namespace"], body["metadata"]["name"])
         entry = self._entries.get(key)
+        targets = {_target(body), *([_target(entry.body)] if entry is not None else [])}
         if deleted:
             self._entries.pop(key, None)
         elif entry is None or entry.body["metadata"]["uid"] != body["metadata"]["uid"]:
@@ -76,19 +87,21 @@ class Scaler:
             changed = entry.body["metadata"].get("generation") != body["metadata"].get("generation")
             entry.body = body
             entry.due = 0.0 if changed else entry.due
-        self._note_firsts(body, deleted)
+        for target in targets:
+            self._note_firsts(key[0], target)
         self._wake.set()
 
-    def _note_firsts(self, body: dict[str, Any], deleted: bool) -> None:
-        """Counts with which the Deployments of the service are created, should they not exist yet."""
-        spec, namespace = body.get("spec", {}), body["metadata"]["namespace"]
-        target = spec.get("targetRef", {}).get("name", "")
-        counts = {f"{target}-{role}": int(spec.get(role, {}).get("min", 1)) for role in names.WORKERS}
+    def _note_firsts(self, namespace: str, target: str) -> None:
+        """Counts with which the Deployments of a service are created, should they not exist yet: of who scales it."""
         firsts = self._leading.reconciler.first_replicas
-        if deleted:
-            firsts.pop((namespace, target), None)
-        else:
+        firsts.pop((namespace, target), None)
+        if rivals := [body for body in self._bodies(namespace) if _target(body) == target]:
+            spec = oldest(rivals)["spec"]
+            counts = {f"{target}-{role}": int(spec[role].get("min", 1)) for role in names.WORKERS}
             firsts[namespace, target] = counts
+
+    def _bodies(self, namespace: str) -> list[dict[str, Any]]:
+        return [entry.body for (place, _), entry in self._entries.items() if place == namespace]
 
     async def run(self) -> None:
         """Never ends by itself. A look that fails is repeated at the next turn; nothing is written meanwhile."""
@@ -120,10 +133,11 @@ class Scaler:
     async def _look(self, key: Key, entry: _Entry) -> None:
         now, previous = datetime.now(UTC), previous_status(entry.body)
         generation = int(entry.body["metadata"].get("generation", 0))
-        target = (key[0], str(entry.body["spec"]["targetRef"]["name"]))
+        target = (key[0], _target(entry.body))
         known = self._leading.store.get(target)
-        if known.service is not None and known.listed_at is None:
-            entry.due = min(entry.due, time.monotonic() + ASLEEP_S)  # a watch began anew: what is there is read again
+        unread = known.service is not None and known.listed_at is None  # a watch began anew
+        if unread or entry.unseen(known, target[1], time.monotonic()):
+            entry.due = min(entry.due, time.monotonic() + ASLEEP_S)
             return
         refused = await self._refused(key, entry, known)
         if refused is not None:
@@ -138,13 +152,14 @@ class Scaler:
         if (decision.prefill, decision.decode) != (seen.prefill.desired, seen.decode.desired):
             log.info("scaling", policy=key, prefill=decision.prefill, decode=decision.decode, reason=decision.reason)
             await self._write(target, known, seen, decision)
+            entry.asked, entry.asked_at = (decision.prefill, decision.decode), time.monotonic()
         if rules.zero_after_s is not None and decision.prefill == decision.decode == 0:
             entry.due = min(entry.due, time.monotonic() + ASLEEP_S)
         await self._publish(key, entry, active(previous, generation, decision, seen, rules, now))
 
     async def _refused(self, key: Key, entry: _Entry, known: Known) -> tuple[str, str] | None:
         """(reason, message) why this policy may not scale now; None: it may."""
-        target = entry.body["spec"]["targetRef"]["name"]
+        target = _target(entry.body)
         if known.service is None:
             return "NoService", f"no LLMService {target} in namespace {key[0]}"
         try:
@@ -156,9 +171,8 @@ class Scaler:
             return "Invalid", str(error)
         if service.spec.paused:
             return "Paused", f"LLMService {target} is paused"
-        bodies = [other.body for (namespace, _), other in self._entries.items() if namespace == key[0]]
         hpas = await self._leading.cluster.list("HorizontalPodAutoscaler", key[0])
-        found = conflict(entry.body, bodies, hpas, known.service)
+        found = conflict(entry.body, self._bodies(key[0]), hpas, known.service)
         if found is not None:
             return "Conflict", found.message
         missing = [role for role in names.WORKERS if known.child("Deployment", f"{target}-{role}") is None]
@@ -167,9 +181,11 @@ class Scaler:
     async def _observe(
         self, known: Known, target: Key, entry: _Entry, policy: ScalingPolicy, now: datetime
     ) -> Observation:
-        addresses = router_addresses(known.of("Pod"))
-        view = await self._leading.fleet.ask(addresses)
-        seen = observe(known, target[1], view.replies, len(addresses), entry.memory, now.timestamp(), now)
+        pods, zero = known.of("Pod"), policy.spec.scale_to_zero
+        hold_s = zero.max_hold.seconds if zero is not None else LONGEST_HOLD_S
+        view = await self._leading.fleet.ask(router_addresses(pods), hold_s)
+        silent = view.silent & set(router_addresses(pods, only_ready=True))  # who is not ready has no clients either
+        seen = observe(known, target[1], view.replies, len(silent), entry.memory, now.timestamp(), now)
         prefill, decode, lines = floors_at(policy.spec, now)
         return replace(seen, prefill_floor=prefill, decode_floor=decode, floor_reason=lines)
 
@@ -225,6 +241,10 @@ class Scaler:
         written = await self._leading.cluster.apply(manifest, subresource="status", manager=MANAGER)
         entry.written_at = now
         entry.body = {**entry.body, "status": written.get("status", body)}
+
+
+def _target(body: Mapping[str, Any]) -> str:
+    return str(body["spec"]["targetRef"]["name"])
 
 
 def _typed(body: Mapping[str, Any]) -> ScalingPolicy:

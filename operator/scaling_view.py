@@ -6,7 +6,7 @@ Owns: counting pods, sums of routers, conflicts between writers. Pure. Must not:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from statistics import median
 from typing import Any
@@ -30,10 +30,11 @@ FIELDS = tuple(item.name for item in fields(Demand) if item.name != "seconds")
 class Memory:
     """What is kept of a service between looks, beside the policy's own state."""
 
-    totals: dict[str, Demand] = field(default_factory=dict)  # of each router, when it was last asked
+    totals: dict[str, tuple[float, Demand]] = field(default_factory=dict)  # of each router, when it last answered
+    waited: dict[str, int] = field(default_factory=dict)  # requests that ever waited for workers, of each router
     asked_at: float | None = None
     costs: dict[str, CostModel] = field(default_factory=dict)  # by role, while no worker is up that knows it
-    watts: dict[str, float] = field(default_factory=dict)  # of one worker, by role, likewise
+    watts: dict[str, float] = field(default_factory=dict)  # of one GPU, by role, likewise
     capacity: int = 0
 
 
@@ -53,9 +54,9 @@ def conflict(
     """None where this policy is the one writer of both roles."""
     name, target = policy["metadata"]["name"], policy["spec"]["targetRef"]["name"]
     rivals = [item for item in policies if item["spec"]["targetRef"]["name"] == target]
-    oldest = min(rivals, key=_age)
-    if oldest["metadata"]["name"] != name:
-        return Conflict(f"ScalingPolicy {oldest['metadata']['name']} is older and scales LLMService {target}")
+    first = oldest(rivals)["metadata"]["name"]
+    if first != name:
+        return Conflict(f"ScalingPolicy {first} is older than {name} and scales LLMService {target}")
     for role in names.WORKERS:
         replicas = service["spec"].get(role, {}).get("replicas")
         if replicas is not None:
@@ -74,6 +75,11 @@ def conflict(
     return None
 
 
+def oldest(policies: Sequence[Manifest]) -> Manifest:
+    """The one that scales, of those with one target."""
+    return min(policies, key=_age)
+
+
 def _maker(hpa: Manifest) -> str:
     """Who made it, where somebody did: KEDA's would come back until its ScaledObject is gone."""
     owners = hpa["metadata"].get("ownerReferences", ())
@@ -88,10 +94,13 @@ def _age(policy: Manifest) -> tuple[str, str]:
 
 
 def observe(
-    known: Known, service: str, replies: Sequence[Any], asked: int, memory: Memory, at_s: float, now: datetime
+    known: Known, service: str, replies: Sequence[Any], silent: int, memory: Memory, at_s: float, now: datetime
 ) -> Observation:
-    """One observation; `memory` is brought up to date. `at_s`: seconds of UTC. `now`: the same, aware."""
-    demand = _demand(replies, asked, memory, at_s)
+    """One observation; `memory` is brought up to date. `at_s`: seconds of UTC. `now`: the same, aware.
+
+    `silent`: routers that have clients and did not answer.
+    """
+    demand = _demand(replies, silent, memory, at_s)
     workers = _newest(replies)
     pods = known.of("Pod")
     roles = {}
@@ -113,13 +122,26 @@ def observe(
         roles["decode"],
         queued_tokens=float(sum(stats.queued_tokens for stats in prefill)),
         running=float(sum(stats.running_requests for stats in decode)),
-        held=sum(reply.held for reply in replies),
+        held=_held(replies, memory),
         start_s=start_s(pods),
     )
 
 
-def _demand(replies: Sequence[Any], asked: int, memory: Memory, at_s: float) -> Demand:
-    """What came since the last look. Where some routers did not answer, those that did stand for them."""
+def _held(replies: Sequence[Any], memory: Memory) -> int:
+    """Requests that wait for workers, or did since the last look: one that waited briefly must wake a service, too."""
+    held = 0
+    for reply in replies:
+        before = memory.waited.get(reply.router, reply.held_total)
+        memory.waited[reply.router] = reply.held_total
+        held += max(reply.held, reply.held_total - before)
+    return held
+
+
+def _demand(replies: Sequence[Any], silent: int, memory: Memory, at_s: float) -> Demand:
+    """What came since the last look. Where some routers did not answer, those that did stand for them.
+
+    Of a router that was silent for a while only this look's share counts: others have stood for the rest.
+    """
     seconds = at_s - memory.asked_at if memory.asked_at is not None else 0.0
     if not replies:
         return Demand()
@@ -127,15 +149,19 @@ def _demand(replies: Sequence[Any], asked: int, memory: Memory, at_s: float) -> 
     for reply in replies:
         total = Demand(**{name: getattr(reply.demand, name) for name in FIELDS})
         before = memory.totals.get(reply.router)
-        memory.totals[reply.router] = total
-        if before is not None and seconds > 0:
-            found += total.since(before, 0.0)
+        memory.totals[reply.router] = at_s, total
+        if before is not None and at_s > before[0]:
+            found += _times(total.since(before[1], 0.0), min(max(seconds, 0.0) / (at_s - before[0]), 1.0))
     present = {reply.router for reply in replies}
-    if len(replies) >= asked:
+    if not silent:
         memory.totals = {router: total for router, total in memory.totals.items() if router in present}
+        memory.waited = {router: count for router, count in memory.waited.items() if router in present}
     memory.asked_at = at_s
-    share = asked / len(replies) if asked > len(replies) else 1.0
-    return Demand(**{name: getattr(found, name) * share for name in FIELDS} | {"seconds": max(seconds, 0.0)})
+    return replace(_times(found, 1 + silent / len(replies)), seconds=max(seconds, 0.0))
+
+
+def _times(demand: Demand, factor: float) -> Demand:
+    return Demand(**{name: getattr(demand, name) * factor for name in FIELDS})
 
 
 def _newest(replies: Sequence[Any]) -> list[Any]:
@@ -169,21 +195,40 @@ def _role(
     desired = int(deployment["spec"].get("replicas", 1)) if deployment is not None else 0
     alive = [pod for pod in pods if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")]
     staying = [pod for pod in alive if "deletionTimestamp" not in pod["metadata"]]
-    pending = [pod for pod in staying if _cannot_start(pod)]
-    ages = [(now - _time(pod["metadata"]["creationTimestamp"])).total_seconds() for pod in pending]
+    pending, pending_s = _pending(staying, deployment, desired, now)
     cost = memory.costs.get(role) or memory.costs.get("decode") or CostModel()
+    gpus, one_gpu = gpus_of(deployment), memory.watts.get(role) or max(memory.watts.values(), default=0.0)
     return RoleView(
         desired=desired,
         ready=sum(_ready_at(pod) is not None for pod in staying),
-        pending=len(pending),
-        pending_s=max(ages, default=0.0),
-        terminating=max(len(alive) - desired, 0),  # whatever is there beyond what is asked for still holds its GPUs
+        pending=pending,
+        pending_s=pending_s,
+        # What is there beyond what is asked for still holds its GPUs, too.
+        terminating=len(alive) - len(staying) + max(len(staying) - desired, 0),
         cost=cost,
         kv_capacity_tokens=memory.capacity,
-        gpus=gpus_of(deployment),
-        watts=memory.watts.get(role, 0.0),
+        gpus=gpus,
+        watts=one_gpu * max(gpus, 1),
         correction=_correction(stats, cost) if role == "decode" else 1.0,
     )
+
+
+def _pending(
+    staying: Sequence[Manifest], deployment: Manifest | None, desired: int, now: datetime
+) -> tuple[int, float]:
+    """(pods that the count is short of because they cannot start or cannot even be made, seconds of the oldest).
+
+    A pod too many, as a rollout makes them, keeps no role below its count, whatever becomes of it.
+    """
+    stuck = [pod for pod in staying if _cannot_start(pod)]
+    since = [_time(pod["metadata"]["creationTimestamp"]) for pod in stuck]
+    missing = max(desired - len(staying), 0)
+    conditions = deployment.get("status", {}).get("conditions", []) if deployment is not None else []
+    refused = [c for c in conditions if c["type"] == "ReplicaFailure" and c["status"] == "True"]
+    since += [_time(c["lastTransitionTime"]) for c in refused if missing]
+    short = len(stuck) + (missing if refused else 0)
+    pending = min(short, max(desired - (len(staying) - len(stuck)), 0))
+    return pending, (now - min(since)).total_seconds() if pending else 0.0
 
 
 def _cannot_start(pod: Manifest) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -56,7 +57,6 @@ class Dispatcher:
         self.idle = asyncio.Event()  # nothing runs
         self.idle.set()
         self.routable = False  # a pair has been there at least once, or there are no workers by intention
-        metrics.held.set_function(lambda: len(self._held))
         metrics.running.set_function(lambda: len(self._entries))
 
     # ------------------------------------------------------------ from the front
@@ -68,6 +68,16 @@ class Dispatcher:
     @property
     def num_running(self) -> int:
         return len(self._entries)
+
+    @property
+    def hold_timeout_s(self) -> float:
+        """How long a request may wait for a worker pair."""
+        return self._limits.hold_timeout_s
+
+    def hold_for(self, seconds: float) -> None:
+        """So long from now on; requests that wait already keep their time."""
+        if seconds != self._limits.hold_timeout_s:
+            self._limits = replace(self._limits, hold_timeout_s=seconds)
 
     def start(self, order: Order, sink: Sink, choice: int) -> None:
         """Accept a request. Everything that becomes of it, its end included, goes to the sink."""

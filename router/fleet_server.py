@@ -17,6 +17,7 @@ from lanewise.policy.scaling_meter import DemandMeter
 from lanewise.router.catalog import Catalog
 from lanewise.router.discovery import Discovery
 from lanewise.router.dispatch import Dispatcher
+from lanewise.router.generation import Front
 from lanewise.router.ledger import Ledger, Way
 from lanewise.router.roster import Roster
 from lanewise.router.session import Session
@@ -43,6 +44,7 @@ class FleetService(pb_grpc.FleetServicer):
         catalog: Catalog,
         discovery: Discovery,
         demand: DemandMeter,
+        front: Front,
     ) -> None:
         self._me = me
         self._demand = demand
@@ -50,9 +52,12 @@ class FleetService(pb_grpc.FleetServicer):
         self._dispatcher = dispatcher
         self._catalog = catalog
         self._discovery = discovery
+        self._front = front
         self.draining = False
 
     async def Snapshot(self, request: pb.FleetRequest, context: Context | None) -> pb.FleetReply:
+        if request.HasField("max_hold_s"):
+            self._dispatcher.hold_for(request.max_hold_s)
         now = time.monotonic()
         ledger = self._dispatcher.ledger
         sessions = self._roster.sessions()
@@ -61,10 +66,10 @@ class FleetService(pb_grpc.FleetServicer):
             router_name=self._me.name,
             draining=self.draining,
             arrivals=self._dispatcher.arrivals,
-            held=self._dispatcher.num_held,
+            held=self._front.num_held,
             running=self._dispatcher.num_running,
             resumed=ledger.resumed,
-            held_total=ledger.held,
+            held_total=ledger.held + self._front.early_total,
             failed=ledger.failed,
             kv_transfers=ledger.kv_transfers,
             handovers=ledger.handovers,

@@ -160,12 +160,18 @@ class Front:
         self._dispatcher = dispatcher
         self._early_bytes = 0  # of requests that wait for the first model to become known
         self._early = 0
+        self.early_total = 0
         self.draining = False
 
     @property
     def num_early(self) -> int:
         """Requests that wait for the first worker to tell of its model."""
         return self._early
+
+    @property
+    def num_held(self) -> int:
+        """All requests that wait for workers, those before any was seen too: whoever scales must know of them."""
+        return self._early + self._dispatcher.num_held
 
     async def generate(self, request: GenerationRequest, on_stall: Callable[[], None]) -> Generation:
         """Accept a request, or raise the LanewiseError that refuses it. `on_stall` cuts off a client that hangs."""
@@ -202,11 +208,13 @@ class Front:
                 message = f"{self._early} requests already wait for workers; retry later"
                 raise LanewiseError(ErrorCode.OVERLOADED, message, retry_after_s=1.0)
             self._early, self._early_bytes = self._early + 1, self._early_bytes + size
+            self.early_total += 1
+            hold_s = self._dispatcher.hold_timeout_s
             try:
-                await self._catalog.wait(min(timeout_s, config.hold_timeout_s))
+                await self._catalog.wait(min(timeout_s, hold_s))
             finally:
                 self._early, self._early_bytes = self._early - 1, self._early_bytes - size
-            if not self._catalog.models() and timeout_s < config.hold_timeout_s:
+            if not self._catalog.models() and timeout_s < hold_s:
                 raise LanewiseError(ErrorCode.DEADLINE, "the deadline passed before any worker was there")
         return self._catalog.get(request.model)
 

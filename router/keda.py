@@ -68,7 +68,8 @@ class ExternalScaler(es_grpc.ExternalScalerServicer):
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"metricName: expected {metric_name(role)!r} for role {role}, got {request.metricName!r}",
             )
-        value = load(role, await self._peers.ask())
+        target = await _target(request.scaledObjectRef, role, context)
+        value = load(role, await self._peers.ask(), target)
         name = request.metricName or metric_name(role)
         return es.GetMetricsResponse(
             metricValues=[es.MetricValue(metricName=name, metricValue=round(value), metricValueFloat=value)]
@@ -84,8 +85,8 @@ def active(whole: Whole) -> bool:
     return whole.under_way > 0
 
 
-def load(role: str, whole: Whole) -> float:
-    """The metric of a role. Requests held for want of a worker count for both."""
+def load(role: str, whole: Whole, target: float) -> float:
+    """The metric of a role. Requests held for want of a worker count for both: for decode as one worker's `target`."""
     workers = [worker for worker in whole.workers if worker.description.role == role]
     if role == "prefill":
         return float(whole.held + sum(worker.stats.queued_requests for worker in workers))
@@ -94,7 +95,7 @@ def load(role: str, whole: Whole) -> float:
         for worker in workers
         if worker.stats.kv_capacity_tokens
     )
-    return max(used, TARGETS["decode"] if whole.held else 0.0)
+    return max(used, target if whole.held else 0.0)
 
 
 async def _role(request: es.ScaledObjectRef, context: Context) -> str:

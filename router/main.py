@@ -137,6 +137,7 @@ class Router:
         self.roster.listen(self.dispatcher)
         self.metrics.watch(self.roster.sessions, self.dispatcher.ledger, lambda: self.discovery.freshness)
         self.front = Front(config, self.catalog, self.dispatcher)
+        self.metrics.held.set_function(lambda: self.front.num_held)
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         self._sessions: asyncio.Task[None] | None = None
@@ -176,6 +177,7 @@ class Router:
             self.catalog,
             self.discovery,
             self.metrics.demand,
+            self.front,
         )
         add_inference(inference, self._server)
         self._peers = Peers(lambda: fleet.Snapshot(pb.FleetRequest(), None), peer_discovery(self._config))

@@ -52,7 +52,7 @@ class RouterMetrics:
         self.output_tokens = make.tally("output_tokens", "tokens forwarded to clients")
         self.hit_tokens = make.tally("prefix_hit_tokens", "prompt tokens the chosen worker had cached")
         self.failovers = make.counter("failovers", "attempts after the first", ("cause",))
-        self.held = make.gauge("held_requests", "accepted requests that wait for a worker pair")
+        self.held = make.gauge("held_requests", "requests that wait for workers")
         self.running = make.gauge("running_requests", "requests that have not ended")
         self.http = make.counter("http_responses", "HTTP responses by status", ("status",))
 

@@ -139,6 +139,8 @@ def _bounded(rules: Rules, state: State, seen: Observation, wanted: Need, steady
     here = Counts(seen.at_s, seen.prefill.desired, seen.decode.desired)
     bounds = bounds_of(rules, state, seen)
     wishes = max(steady.prefill, bounds.prefill[0]), max(steady.decode, bounds.decode[0])
+    if allocate(bounds, *wishes) is None:  # a schedule is a wish where budgets or the ratio leave no room for it
+        bounds = bounds_of(rules, state, replace(seen, prefill_floor=0, decode_floor=0))
     found = allocate(_rate_limited(rules, state, seen, bounds), *wishes)
     if found is None:
         found = allocate(bounds, *wishes)
@@ -163,12 +165,14 @@ def _bounded(rules: Rules, state: State, seen: Observation, wanted: Need, steady
 
 
 def bounds_of(rules: Rules, state: State, seen: Observation) -> Bounds:
-    """The rules as bounds on both counts; schedules raise minimums, ceilings of blocked roles lower maximums."""
+    """The rules as bounds on both counts; ceilings of blocked roles lower maximums, schedules raise minimums."""
     waking = int(seen.prefill.desired == seen.decode.desired == 0)  # both roles wake together
-    least_p = min(max(rules.prefill_min, seen.prefill_floor, waking), rules.prefill_max)
-    least_d = min(max(rules.decode_min, seen.decode_floor, waking), rules.decode_max)
+    least_p = min(max(rules.prefill_min, waking), rules.prefill_max)
+    least_d = min(max(rules.decode_min, waking), rules.decode_max)
     most_p = _most(rules.prefill_max, least_p, state.prefill_ceiling, seen.at_s)
     most_d = _most(rules.decode_max, least_d, state.decode_ceiling, seen.at_s)
+    least_p = max(least_p, min(seen.prefill_floor, most_p))
+    least_d = max(least_d, min(seen.decode_floor, most_d))
     p, d = seen.prefill, seen.decode
     return Bounds(
         (least_p, most_p),
@@ -224,7 +228,7 @@ def _limits(
     rules: Rules, seen: Observation, bounds: Bounds, wishes: tuple[int, int], found: tuple[int, int], wanted: Need
 ) -> str:
     """Which rule kept the decision from the requirement, in the order in which they bite; empty where none did."""
-    if found[0] >= wanted.prefill and found[1] >= wanted.decode:
+    if found[0] >= max(wanted.prefill, seen.prefill_floor) and found[1] >= max(wanted.decode, seen.decode_floor):
         return ""
     most = min(wishes[0], bounds.prefill[1]), min(wishes[1], bounds.decode[1])
     if wishes != most and found[0] >= most[0] and found[1] >= most[1]:

@@ -224,8 +224,10 @@ class ModelInfo(_message.Message):
     def __init__(self, id: _Optional[str] = ..., max_context_tokens: _Optional[int] = ...) -> None: ...
 
 class FleetRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("max_hold_s",)
+    MAX_HOLD_S_FIELD_NUMBER: _ClassVar[int]
+    max_hold_s: float
+    def __init__(self, max_hold_s: _Optional[float] = ...) -> None: ...
 
 class FleetReply(_message.Message):
     __slots__ = ("router", "arrivals", "held", "workers", "router_name", "running", "draining", "resumed", "held_total", "failed", "kv_transfers", "handovers", "models", "discovery", "disaggregation", "lanes", "demand")

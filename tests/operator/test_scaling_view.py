@@ -1,81 +1,14 @@
-"""What a ScalingPolicy sees and says: pods counted, routers summed, conflicts named, statuses. Pure."""
+"""What a ScalingPolicy sees: pods counted, routers summed, conflicts named. Pure."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from datetime import timedelta
 
 import pytest
 
-from lanewise.errors import ConfigError
-from lanewise.operator.observed import Known
-from lanewise.operator.scaling_status import active, inactive, worth_writing
-from lanewise.operator.scaling_view import Memory, conflict, observe
-from lanewise.policy.scaling import decide
-from lanewise.policy.scaling_types import Demand, State
-from lanewise.rpc import lanewise_pb2 as pb
-from lanewise.scaling_rules import floors_at, rules_of
-from lanewise.spec_scaling import ScalingPolicySpec, ScalingPolicyStatus
-
-NOW = datetime(2026, 3, 2, 9, 0, tzinfo=UTC)  # a Monday
-
-
-def policy(name: str = "chat", target: str = "chat", created: str = "2026-01-01T00:00:00Z") -> dict[str, Any]:
-    return {"metadata": {"name": name, "creationTimestamp": created}, "spec": {"targetRef": {"name": target}}}
-
-
-def service(**roles: Any) -> dict[str, Any]:
-    return {"metadata": {"name": "chat"}, "spec": {"prefill": {}, "decode": {}, **roles}}
-
-
-def hpa(name: str, deployment: str) -> dict[str, Any]:
-    return {"metadata": {"name": name}, "spec": {"scaleTargetRef": {"kind": "Deployment", "name": deployment}}}
-
-
-def deployment(role: str, replicas: int, gpus: int = 1) -> dict[str, Any]:
-    resources = {"limits": {"nvidia.com/gpu": str(gpus), "cpu": "4"}}
-    spec = {"containers": [{"name": "worker", "resources": resources}]}
-    return {"metadata": {"name": f"chat-{role}"}, "spec": {"replicas": replicas, "template": {"spec": spec}}}
-
-
-def pod(
-    role: str, name: str, *, phase: str = "Running", ready: bool = True, age_s: float = 100, gone: bool = False
-) -> Any:
-    created = NOW - timedelta(seconds=age_s)
-    metadata: dict[str, Any] = {
-        "name": name,
-        "labels": {"app.kubernetes.io/component": role},
-        "creationTimestamp": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
-    if gone:
-        metadata["deletionTimestamp"] = "2026-03-02T09:00:00Z"
-    since = (created + timedelta(seconds=20)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    conditions = [{"type": "Ready", "status": str(ready), "lastTransitionTime": since}]
-    return {"metadata": metadata, "status": {"phase": phase, "conditions": conditions}}
-
-
-def known(*pods: Any, prefill: int = 1, decode: int = 1) -> Known:
-    found = Known(service=service())
-    for item in (deployment("prefill", prefill), deployment("decode", decode, gpus=2)):
-        found.children["Deployment", item["metadata"]["name"]] = item
-    for item in pods:
-        found.children["Pod", item["metadata"]["name"]] = item
-    return found
-
-
-def reply(router: str, requests: float = 0, held: int = 0, workers: tuple[Any, ...] = ()) -> pb.FleetReply:
-    demand = pb.Demand(requests=requests, uncached_tokens=100 * requests)
-    return pb.FleetReply(router=router, held=held, demand=demand, workers=workers)
-
-
-def worker(role: str, incarnation: str, age_s: float = 0.0, watts: int = 0, **stats: Any) -> pb.FleetWorker:
-    description = pb.Description(role=role, incarnation=incarnation, power_watts=watts)
-    return pb.FleetWorker(description=description, stats=pb.Stats(**stats), stats_age_s=age_s, ready=True)
-
-
-def look(found: Known, replies: list[pb.FleetReply], memory: Memory, at_s: float = 100.0, asked: int = 0) -> Any:
-    return observe(found, "chat", replies, asked or len(replies), memory, at_s, NOW)
-
+from lanewise.operator.scaling_view import Memory, conflict
+from lanewise.policy.scaling_types import Demand
+from tests.operator.scaling_cases import NOW, hpa, known, look, pod, policy, reply, service, worker
 
 # ---------------------------------------------------------------- who writes
 
@@ -85,7 +18,7 @@ def test_the_oldest_policy_wins_and_the_others_name_it() -> None:
     assert conflict(old, [young, old], [], service()) is None
     found = conflict(young, [young, old], [], service())
     assert found is not None
-    assert found.message == "ScalingPolicy old is older and scales LLMService chat"
+    assert found.message == "ScalingPolicy old is older than young and scales LLMService chat"
     assert conflict(policy("other", "else"), [old, policy("other", "else")], [], service()) is None
 
 
@@ -117,7 +50,10 @@ def test_the_power_of_a_worker_is_what_its_gpu_may_draw_and_is_remembered() -> N
     memory = Memory()
     workers = (worker("prefill", "p1", watts=700), worker("prefill", "p2", watts=600), worker("decode", "d1"))
     seen = look(known(), [reply("a", workers=workers)], memory)
-    assert (seen.prefill.watts, seen.decode.watts) == (700.0, 0.0)  # the hungriest stands for its role
+    assert seen.prefill.watts == 700.0  # the hungriest stands for its role
+    assert seen.decode.watts == 2 * 700.0  # nobody knows: no budget is exceeded by guessing low; two GPUs a worker
+    told = look(known(), [reply("a", workers=(worker("decode", "d1", watts=300),))], memory, 110.0)
+    assert told.decode.watts == 2 * 300.0
     gone = look(known(), [reply("a")], memory, 115.0)
     assert gone.prefill.watts == 700.0  # scaled to zero: the budget still knows what a worker takes
 
@@ -131,9 +67,28 @@ def test_demand_is_the_difference_of_totals_over_all_routers() -> None:
     assert second.demand.uncached_tokens == 4000
     restarted = look(known(), [reply("a", 1030), reply("c", 7)], memory, 130.0)
     assert restarted.demand.requests == 0  # a router seen for the first time: its total came in no known time
-    partly = look(known(), [reply("a", 1050)], memory, 145.0, asked=2)
+    partly = look(known(), [reply("a", 1050)], memory, 145.0, silent=1)
     assert partly.demand.requests == 40  # one of two routers answered: it stands for both
-    assert look(known(), [], memory, 160.0, asked=2).demand.seconds == 0
+    starting = look(known(), [reply("a", 1060)], memory, 160.0)
+    assert starting.demand.requests == 10  # the other is not ready, so it has no clients either
+    assert look(known(), [], memory, 175.0, silent=2).demand.seconds == 0
+
+
+def test_a_router_that_was_silent_for_minutes_is_no_burst_when_it_answers_again() -> None:
+    memory = Memory()
+    look(known(), [reply("a", 0), reply("b", 0)], memory, 0.0)
+    for number in range(1, 21):  # each router takes 2 requests a second; b says nothing for five minutes
+        seen = look(known(), [reply("a", 30 * number)], memory, 15.0 * number, silent=1)
+        assert seen.demand.requests == 60
+    back = look(known(), [reply("a", 630), reply("b", 630)], memory, 315.0)
+    assert back.demand.requests == pytest.approx(60), "others have stood for what it did meanwhile"
+
+
+def test_who_waited_briefly_between_two_looks_counts_as_held() -> None:
+    memory = Memory()
+    assert look(known(), [reply("a", held_total=7)], memory, 100.0).held == 0  # before the first look: long ago
+    assert look(known(), [reply("a", held_total=9, held=1)], memory, 101.0).held == 2  # a client gave up at once
+    assert look(known(), [reply("a", held_total=9)], memory, 102.0).held == 0
 
 
 def test_a_router_that_restarts_in_place_counts_from_zero() -> None:
@@ -162,6 +117,28 @@ def test_pods_are_counted_by_what_they_hold() -> None:
     assert look(found, [reply("a")], Memory()).prefill.pending == 2
     assert (seen.prefill.gpus, seen.decode.gpus) == (1, 2)
     assert seen.start_s == 20.0
+
+
+def test_a_pod_too_many_keeps_no_role_below_its_count() -> None:
+    """A rollout that surges, or a role just rolled back whose Pending pod is still listed: nothing to roll back."""
+    stuck = pod("prefill", "new", phase="Pending", ready=False, age_s=9000)
+    seen = look(known(pod("prefill", "p0"), pod("prefill", "p1"), stuck, prefill=2), [reply("a")], Memory())
+    assert (seen.prefill.pending, seen.prefill.pending_s, seen.prefill.terminating) == (0, 0.0, 1)
+
+
+def test_pods_that_a_quota_refuses_are_as_stuck_as_pending_ones() -> None:
+    found = known(pod("prefill", "p0"), prefill=3)
+    since = (NOW - timedelta(seconds=300)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    refused = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "lastTransitionTime": since}
+    assert look(found, [reply("a")], Memory()).prefill.pending == 0  # about to be made
+    found.children["Deployment", "chat-prefill"]["status"] = {"conditions": [refused]}
+    seen = look(found, [reply("a")], Memory())
+    assert (seen.prefill.pending, seen.prefill.pending_s) == (2, 300.0)
+
+
+def test_a_pod_that_leaves_holds_its_gpu_before_the_next_one_is_there() -> None:
+    seen = look(known(pod("decode", "d0"), pod("decode", "d1", gone=True), decode=2), [reply("a")], Memory())
+    assert seen.decode.terminating == 1
 
 
 def test_pods_not_yet_asked_to_go_hold_their_gpus_too() -> None:
@@ -198,52 +175,3 @@ def test_one_worker_that_is_slower_than_its_siblings_does_not_speak_for_them() -
     costs = {"a": 0.5, "b": 0.004, "c": 0.005}
     workers = tuple(worker("prefill", name, cost={"compute_s": s}, cost_batches=40) for name, s in costs.items())
     assert look(known(), [reply("r", workers=workers)], Memory()).prefill.cost.compute_s == 0.005
-
-
-# ---------------------------------------------------------------- rules, schedules, status
-
-
-def spec(**changes: Any) -> ScalingPolicySpec:
-    data = {"targetRef": {"name": "chat"}, "prefill": {"min": 1, "max": 4}, "decode": {"min": 1, "max": 4}}
-    return ScalingPolicySpec.model_validate(data | changes)
-
-
-def test_schedules_are_active_for_their_duration_in_utc() -> None:
-    working = {"cron": "0 8 * * 1-5", "duration": "10h", "prefill": {"min": 3}}
-    weekend = {"cron": "0 0 * * 6", "duration": "48h", "decode": {"min": 2}}
-    found = spec(schedules=[working, weekend])
-    assert floors_at(found, NOW) == (3, 0, '"0 8 * * 1-5"')
-    assert floors_at(found, NOW.replace(hour=8)) == (3, 0, '"0 8 * * 1-5"')  # from the very second
-    assert floors_at(found, NOW.replace(hour=7, minute=59)) == (0, 0, "")
-    assert floors_at(found, NOW.replace(hour=18)) == (0, 0, "")
-    assert floors_at(found, datetime(2026, 3, 8, 23, 59, tzinfo=UTC)) == (0, 2, '"0 0 * * 6"')
-    with pytest.raises(ConfigError, match="expected five cron fields"):
-        floors_at(spec(schedules=[working | {"cron": "99 8 * * 1"}]), NOW)
-
-
-def test_status_tells_conditions_decision_and_history() -> None:
-    memory = Memory()
-    look(known(pod("prefill", "p0"), pod("decode", "d0")), [reply("a", 0)], memory, 100.0)
-    state, status, counts = State(), ScalingPolicyStatus(), []
-    rules = rules_of(spec(), 1.0, 0.05, 15.0)
-    for number in range(1, 14):
-        found = known(pod("prefill", "p0"), pod("decode", "d0"), prefill=number % 2 + 1)
-        seen = look(found, [reply("a", 600.0 * number)], memory, 100.0 + 15 * number)
-        decision = decide(rules, state, seen)
-        state = decision.state
-        status = active(status, 7, decision, seen, rules, NOW)
-        counts.append((decision.prefill, decision.decode))
-    conditions = {item.type: item for item in status.conditions}
-    assert [conditions[name].status for name in ("Active", "Limited", "ScaleBlocked")] == ["True", "False", "False"]
-    assert status.current is not None
-    assert (status.current.prefill, status.current.decode) == counts[-1]
-    assert "requests/s" in status.current.reason
-    assert "requests per s" in status.current.inputs
-    assert status.summary == f"{counts[-1][0]}+{counts[-1][1]}"
-    assert len(status.history) <= 10
-    gone = inactive(status, 8, "Conflict", "HPA x and ScalingPolicy chat", NOW + timedelta(hours=1))
-    assert gone.conditions[0].status == "False"
-    assert gone.conditions[0].last_transition_time == "2026-03-02T10:00:00Z"
-    assert gone.history == status.history
-    assert worth_writing(status, gone, 0.0, 30.0)
-    assert not worth_writing(gone, gone, 1e9, 30.0)

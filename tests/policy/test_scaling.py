@@ -115,6 +115,34 @@ def test_schedules_raise_the_minimum_and_say_so() -> None:
     assert "0 8 * * 1-5" in decision.reason
 
 
+def test_a_schedule_that_a_budget_has_no_room_for_stops_nothing() -> None:
+    """It is a wish then: what the load needs is still decided, and the status says what is in the way."""
+    rules, floors = replace(RULES, gpus=5), {"prefill_floor": 4, "decode_floor": 4, "floor_reason": '"0 8 * * *"'}
+    state, counts = State(), (1, 1)
+    for number in range(40):
+        decision = decide(rules, state, observe((number + 1) * PERIOD_S, counts, demand(0.5), **floors))
+        counts, state = (decision.prefill, decision.decode), decision.state
+    assert sum(counts) == 5, "as near to the schedule as the budget lets it come"
+    assert "budget (5 GPUs)" in decision.limited
+    ratio = replace(RULES, max_ratio_percent=100, decode_max=2)
+    decision = decide(ratio, State(), observe(PERIOD_S, (1, 1), demand(0.5), prefill_floor=6))
+    assert (decision.prefill, decision.decode) == (2, 2)
+    assert "ratio" in decision.limited
+
+
+def test_a_schedule_whose_pods_find_no_node_is_rolled_back_too() -> None:
+    rules, state, now = replace(RULES, blocked_after_s=60.0), State(), PERIOD_S
+    for _ in range(8):
+        seen = observe(now, (3, 1), demand(0.5), prefill_floor=3)
+        seen = replace(seen, prefill=replace(seen.prefill, ready=2, pending=1, pending_s=now))
+        decision = decide(rules, state, seen)
+        state, now = decision.state, now + PERIOD_S
+        if decision.blocked:
+            break
+    assert (decision.prefill, decision.decode) == (2, 1)
+    assert "at most 2" in decision.blocked
+
+
 def test_the_reason_names_what_limits() -> None:
     heavy = [demand(90.0)] * 8
     assert "maximums" in drive(RULES, heavy)[-1].limited

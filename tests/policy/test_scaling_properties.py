@@ -19,6 +19,9 @@ from tests.policy.scaling_cases import PERIOD_S, PROFILE, RULES, demand, drive, 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # a smaller example is not worth the minutes it takes
 
 
+one = st.integers(1, 4)  # GPUs of a worker
+
+
 def turns(course: list[int]) -> int:
     """Changes of direction."""
     steps = [b - a for a, b in pairwise(course) if b != a]
@@ -53,8 +56,6 @@ def test_never_outside_the_rules(rules: Rules, load: list[Demand], data: st.Data
             "prefill_floor": data.draw(st.integers(0, 20)),
             "decode_floor": data.draw(st.integers(0, 20)),
         }
-        if extra["prefill_floor"] or extra["decode_floor"]:  # a schedule that contradicts the ratio is no promise
-            extra |= {"prefill_floor": 0, "decode_floor": 0}
         decision = decide(rules, state, observe((number + 1) * PERIOD_S, counts, item, **extra))
         inside = inside or within(rules, decision)
         # Where the start is outside the rules, the way in may be blocked by pods that still hold their GPUs;
@@ -64,14 +65,20 @@ def test_never_outside_the_rules(rules: Rules, load: list[Demand], data: st.Data
     assert inside
 
 
-@given(rules(), loads, st.integers(0, 15), st.integers(0, 15), st.integers(0, 6), st.integers(0, 6))
-@settings(deadline=None, max_examples=60)
-def test_gpus_held_never_exceed_the_budget(rules: Rules, load: Demand, p: int, d: int, tp: int, td: int) -> None:
+@given(rules(), loads, st.tuples(*[st.integers(0, 15)] * 4), st.tuples(*[st.integers(0, 6)] * 2), st.tuples(*[one] * 2))
+@settings(deadline=None, max_examples=100)
+def test_gpus_held_never_exceed_the_budget(
+    rules: Rules, load: Demand, counts: tuple[int, ...], leaving: tuple[int, int], gpus: tuple[int, int]
+) -> None:
     """What is asked for, beside what was there and what still terminates, fits the budget, or nothing grows."""
-    seen = observe(PERIOD_S, (p, d), load)
-    seen = replace(seen, prefill=replace(seen.prefill, terminating=tp), decode=replace(seen.decode, terminating=td))
-    decision = decide(rules, State(), seen)
-    held = max(decision.prefill, p) + max(decision.decode, d) + tp + td
+    p, d, *floors = counts
+    seen = observe(PERIOD_S, (p, d), load, prefill_floor=floors[0], decode_floor=floors[1])
+    prefill, decode = (
+        replace(role, terminating=gone, gpus=each, watts=700.0 * each)
+        for role, gone, each in zip((seen.prefill, seen.decode), leaving, gpus, strict=True)
+    )
+    decision = decide(rules, State(), replace(seen, prefill=prefill, decode=decode))
+    held = (max(decision.prefill, p) + leaving[0]) * gpus[0] + (max(decision.decode, d) + leaving[1]) * gpus[1]
     grows = decision.prefill > p or decision.decode > d
     assert not grows or rules.gpus is None or held <= rules.gpus
     assert not grows or rules.watts is None or held * 700 <= rules.watts

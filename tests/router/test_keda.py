@@ -44,7 +44,7 @@ class Two:
 
 
 @contextlib.asynccontextmanager
-async def two(roles: str = "pd", third: str = "") -> AsyncIterator[Two]:
+async def two(roles: str = "pd", third: str = "", **settings: Any) -> AsyncIterator[Two]:
     names = {"p": "prefill", "d": "decode"}
     workers = [Twin(names[letter], f"{letter}{i}") for i, letter in enumerate(roles)]
     for side in (side for worker in workers for side in worker.sides):
@@ -53,7 +53,7 @@ async def two(roles: str = "pd", third: str = "") -> AsyncIterator[Two]:
     peers = tuple([*addresses, third] if third else addresses)
     routers = []
     for number, address in enumerate(addresses):
-        seen = config([worker.sides[number] for worker in workers], peers=peers, hold_timeout_s=20.0)
+        seen = config([worker.sides[number] for worker in workers], peers=peers, hold_timeout_s=20.0, **settings)
         routers.append(Router(seen.model_copy(update={"grpc": address})))
     for router in routers:
         await router.start()
@@ -86,8 +86,8 @@ async def ask(router: Router, tokens: int = 4) -> asyncio.Task[int]:
     return asyncio.create_task(post())
 
 
-async def value(made: Two, role: str) -> float:
-    request = es.GetMetricsRequest(scaledObjectRef=ref(role=role), metricName=f"lanewise-{role}-load")
+async def value(made: Two, role: str, **metadata: str) -> float:
+    request = es.GetMetricsRequest(scaledObjectRef=ref(role=role, **metadata), metricName=f"lanewise-{role}-load")
     reply = await made.stub.GetMetrics(request, timeout=5)
     (metric,) = reply.metricValues
     assert metric.metricValue == round(metric.metricValueFloat)
@@ -136,9 +136,28 @@ async def test_held_requests_of_every_router_count_and_activate() -> None:
             assert (await made.stub.IsActive(ref(role="decode"), timeout=5)).result
             assert await value(made, "prefill") == 2
             assert await value(made, "decode") == 70  # one worker's worth
+            assert await value(made, "decode", target="40") == 40  # by the target that KEDA divides by
         finally:
             for release in waiting:
                 release()
+
+
+async def test_requests_at_routers_that_have_never_seen_a_worker_count_and_activate() -> None:
+    """Routers that started while the service was at zero: whoever asks them must be able to wake it."""
+    async with two("", served_name="fable") as made:
+        stream = made.stub.StreamIsActive(ref(role="decode"), timeout=60)
+        assert not (await stream.read()).result
+        asked = [await ask(router) for router in made.routers]
+        for router in made.routers:
+            await until(lambda router=router: router.front.num_early, "a request before any worker")  # type: ignore[misc]
+        assert (await stream.read()).result
+        assert (await made.stub.IsActive(ref(role="prefill"), timeout=5)).result
+        assert (await value(made, "prefill"), await value(made, "decode")) == (2, 70)
+        told = made.routers[0].metrics.render().decode()
+        assert "lanewise_held_requests 1.0" in told
+        for task in asked:
+            task.cancel()
+        stream.cancel()
 
 
 def _hold(router: Router) -> Any:

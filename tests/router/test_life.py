@@ -130,6 +130,21 @@ class TestHolding:
             assert "x-should-retry" not in headers
             assert headers["retry-after"] == "1"
 
+    async def test_whoever_scales_says_how_long_to_hold_and_learns_of_those_who_waited(self) -> None:
+        """`scaleToZero.maxHold`, after and before the first worker was seen; absent, it stays as it was."""
+        for roles in ("d", ""):
+            async with rig(roles, served_name="fable", hold_timeout_s=60.0) as made:
+                for worker in made.workers:
+                    await worker.stop()
+                await until(lambda made=made: not made.router.roster.sessions())  # type: ignore[misc]
+                async with grpc.aio.insecure_channel(str(made.router.grpc)) as channel:
+                    stub = pb_grpc.FleetStub(channel)  # type: ignore[no-untyped-call]
+                    for number, question in enumerate((pb.FleetRequest(max_hold_s=0.1), pb.FleetRequest())):
+                        assert (await stub.Snapshot(question)).held_total == number
+                        status, reply, _ = await made.post()
+                        assert (status, reply["error"]["code"]) == (503, "NO_WORKERS"), reply
+                    assert (await stub.Snapshot(pb.FleetRequest())).held_total == 2
+
     async def test_holding_is_bounded(self) -> None:
         async with rig("d", hold_max_requests=2, hold_timeout_s=1.0) as made:
             await made.decode.stop()
