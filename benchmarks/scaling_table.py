@@ -34,7 +34,7 @@ from lanewise.sim.scaling_day import Day, Mix, arrivals, mix_of
 from lanewise.sim.scaling_interval import Result, World, run, turns
 from lanewise.sim.scaling_response import Response, measure
 from lanewise.sim.service import load_service
-from lanewise.sim.workload import read_trace
+from lanewise.sim.workload import Workload, read_trace
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -49,26 +49,31 @@ LATE = 0.03  # of the requests that idle workers would serve on time, at every m
 TPOT_S = 0.05
 EQUAL = 0.001  # attainments nearer than this count as equal
 POINT = 0.01
+Course = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
 class Trace:
     name: str
-    file: str
+    files: tuple[str, ...]  # of several as many requests each
     ttft_s: float
     cache: str
 
 
+AZURE, MOONCAKE = "azure_llm_2023_conv.csv.gz", "mooncake_conversation.csv.gz"
 TRACES = (
-    Trace("azure conv", "azure_llm_2023_conv.csv.gz", 1.0, "none"),
-    Trace("mooncake conv", "mooncake_conversation.csv.gz", 5.0, "ideal"),
+    Trace("azure conv", (AZURE,), 1.0, "none"),
+    Trace("mooncake conv", (MOONCAKE,), 5.0, "ideal"),
 )
 
 
 @cache
 def mix(trace: Trace) -> Mix:
     cost = load_service(SERVICE).prefill_profile.cost
-    return mix_of(read_trace(DATA / trace.file), cost, trace.ttft_s, trace.cache == "ideal")
+    found = [read_trace(DATA / file).requests for file in trace.files]
+    fewest = min(map(len, found))
+    requests = tuple(request for each in found for request in each[:fewest])
+    return mix_of(Workload(trace.name, requests), cost, trace.ttft_s, trace.cache == "ideal")
 
 
 @cache
@@ -83,15 +88,15 @@ def goal(trace: Trace) -> float:
 
 
 class Cell:
-    """One trace at one size, drawn with one seed."""
+    """One trace at one size, drawn with one seed; the day is a sine unless it has another course."""
 
-    def __init__(self, trace: Trace, gpus: int, seed: int) -> None:
+    def __init__(self, trace: Trace, gpus: int, seed: int, course: Course = ()) -> None:
         self.trace, self.gpus, self.seed = trace, gpus, seed
         self.most = (gpus + 8, gpus + 8)
         self.profile = load_service(SERVICE).prefill_profile
         self._flat = self._world(Day(1.0, 1.0), empty=True)
         self.peak_rps = self._peak()
-        self.world = self._world(Day(self.peak_rps, self.peak_rps / PEAK_TO_TROUGH))
+        self.world = self._world(Day(self.peak_rps, self.peak_rps / PEAK_TO_TROUGH, course=course))
 
     def _world(self, day: Day, empty: bool = False) -> World:
         args = (day, mix(self.trace), response(self.trace), self.profile, self.trace.ttft_s, TPOT_S, START_S)
@@ -187,24 +192,33 @@ class Found:
         return self.ours.attained >= self.clairvoyant.attained - POINT and max(self.ours.turns()) <= 6
 
 
-def found_in(trace: Trace, size: int, seed: int) -> Found:
-    cell = Cell(trace, size, seed)
+def found_in(cell: Cell) -> Found:
     clairvoyant, ours = cell.run(cell.clairvoyant()), cell.run(Policy(cell.rules))
     others = best_of(cell, ours.attained).items()
     hours = {rule: best[1].gpu_hours if best else math.inf for rule, best in others}
     return Found(24.0 * sum(cell.static()), clairvoyant, ours, hours)
 
 
-def table(console: Console, sizes: Sequence[int]) -> bool:
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: the same day with several seeds."""
+
+    trace: Trace
+    gpus: int
+    seeds: tuple[int, ...]
+    course: Course = ()
+
+
+def table(console: Console, rows: Sequence[Row], title: str = "one day, 4:1, 60 s pod start") -> bool:
     """Prints the table; True where every target is reached."""
-    view = Table(box=SIMPLE, title="one day, 4:1, 60 s pod start: GPU-hours (share on time)", title_justify="left")
+    view = Table(box=SIMPLE, title=f"{title}: GPU-hours (share on time)", title_justify="left")
     names = ("trace", "GPUs at peak", "seeds", "static", "clairvoyant", "policy", "× clairv.", "× static", "turns p/d")
     for name in (*names, "HPA utilisation", "KEDA queue", "threshold"):
         view.add_column(name, no_wrap=name in names)
     good = True
-    for trace, size in product(TRACES, sizes):
-        started = time.monotonic()
-        cells = [found_in(trace, size, seed) for seed in SEEDS[size]]
+    for row in rows:
+        started, name = time.monotonic(), row.trace.name
+        cells = [found_in(Cell(row.trace, row.gpus, seed, row.course)) for seed in row.seeds]
         static, ideal = median(c.static for c in cells), median(c.clairvoyant.gpu_hours for c in cells)
         hours = median(c.ours.gpu_hours for c in cells)
         ratio = median(c.ours.gpu_hours / c.clairvoyant.gpu_hours for c in cells)
@@ -214,8 +228,8 @@ def table(console: Console, sizes: Sequence[int]) -> bool:
         good &= reached
         turned = [max(c.ours.turns()[role] for c in cells) for role in (0, 1)]
         view.add_row(
-            trace.name,
-            str(size),
+            name,
+            str(row.gpus),
             str(len(cells)),
             f"{static:.0f}",
             f"{ideal:.1f} ({100 * median(c.clairvoyant.attained for c in cells):.1f} %)",
@@ -225,7 +239,7 @@ def table(console: Console, sizes: Sequence[int]) -> bool:
             f"{turned[0]}/{turned[1]}",
             *(_spread(ratios) for ratios in beside.values()),
         )
-        console.print(f"{trace.name} {size}: {time.monotonic() - started:.0f} s", style="dim")
+        console.print(f"{name} {row.gpus}: {time.monotonic() - started:.0f} s", style="dim")
     console.print(view)
     return good
 
@@ -236,13 +250,13 @@ def _spread(ratios: Sequence[float]) -> str:
     return shown[0] if len(set(shown)) == 1 else f"× {shown[0]} ({shown[1]}-{shown[2]})"
 
 
-def measure_all(console: Console) -> None:
+def measure_all(console: Console, traces: Sequence[Trace]) -> None:
     profile = load_service(SERVICE).prefill_profile
-    found = {
-        trace.name: measure(mix(trace), profile, trace.ttft_s, TPOT_S, trace.cache, console.print).to_mapping()
-        for trace in TRACES
-    }
-    RESPONSES.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    found = json.loads(RESPONSES.read_text(encoding="utf-8"))
+    for trace in traces:
+        made = measure(mix(trace), profile, trace.ttft_s, TPOT_S, trace.cache, console.print)
+        found[trace.name] = made.to_mapping()
+        RESPONSES.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def events(console: Console) -> None:
@@ -285,10 +299,13 @@ def main() -> int:
         print(f"scaling_table: unknown part {sorted(unknown)[0]!r}; known: measure, events, {SEEDS}", file=sys.stderr)
         return 2
     if "measure" in parts:
-        measure_all(console)
+        measure_all(console, TRACES)
     if "events" in parts:
         events(console)
-    return 0 if ("events" in parts and not sizes) or table(console, sizes or tuple(SEEDS)) else 1
+    if "events" in parts and not sizes:
+        return 0
+    rows = [Row(trace, size, SEEDS[size]) for trace, size in product(TRACES, sizes or SEEDS)]
+    return 0 if table(console, rows) else 1
 
 
 if __name__ == "__main__":

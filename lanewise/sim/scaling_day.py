@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import cos, exp, pi, sqrt
+from operator import itemgetter
 from typing import NamedTuple
 
 from lanewise.policy.cost import CostModel
@@ -82,15 +83,26 @@ def mix_of(workload: Workload, cost: CostModel, ttft_s: float, cached: bool) -> 
 
 @dataclass(frozen=True, slots=True)
 class Day:
-    """The rate over time: a sine between peak and trough, or constant where both are equal."""
+    """The rate over time: a sine between peak and trough, or constant where both are equal.
+
+    `course`: (share of the day, share of the way from trough to peak), ascending from 0 to 1, straight between.
+    """
 
     peak_rps: float
     trough_rps: float
     seconds: float = DAY_S
+    course: tuple[tuple[float, float], ...] = ()
 
     def rate(self, at_s: float) -> float:
+        if self.course:
+            return self.trough_rps + (self.peak_rps - self.trough_rps) * self._way(at_s % self.seconds / self.seconds)
         middle, swing = (self.peak_rps + self.trough_rps) / 2, (self.peak_rps - self.trough_rps) / 2
         return middle - swing * cos(2 * pi * (at_s - TROUGH_S * self.seconds / DAY_S) / self.seconds)
+
+    def _way(self, place: float) -> float:
+        right = bisect_right(self.course, place, key=itemgetter(0))
+        (start, low), (end, high) = self.course[right - 1], self.course[right]
+        return low + (high - low) * (place - start) / (end - start)
 
 
 def arrivals(day: Day, mix: Mix, seed: int) -> Workload:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import openai
 import pytest
 
 from tests.router.scripted import CONTEXT, DEADLINE_S, TOKENIZER, Rig, partly, rig, sse, story, until
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 @pytest.fixture
@@ -307,6 +310,9 @@ class TestOperations:
         assert "lanewise_output_tokens_total 12.0" in text
         assert "lanewise_ttft_seconds_count 1.0" in text
         assert 'lanewise_worker_kv_capacity_tokens{incarnation="' in text
+        documented = set(re.findall(r"\blanewise_[a-z_]+\b", (DOCS / "scaling.md").read_text(encoding="utf-8")))
+        assert len(documented) >= 4
+        assert documented <= set(re.findall(r"^(\w+)", text, re.MULTILINE)), "what docs tell an HPA to look at"
 
     async def test_starts_without_workers(self) -> None:
         async with rig("") as made:

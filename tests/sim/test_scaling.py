@@ -140,6 +140,8 @@ def test_days_are_seeded_and_swing_as_asked() -> None:
     day = Day(40.0, 10.0)
     assert day.rate(4 * HOUR) == pytest.approx(10.0)
     assert day.rate(16 * HOUR) == pytest.approx(40.0)
+    steps = Day(40.0, 10.0, course=((0.0, 0.0), (0.25, 1.0), (0.5, 1.0), (1.0, 0.0)))
+    assert [steps.rate(hour * HOUR) for hour in (0, 3, 6, 9, 18, 24)] == pytest.approx([10, 25, 40, 40, 25, 10])
     short = Day(20.0, 20.0, seconds=900.0)
     first, again, other = (list(periods(short, mix(), 15, seed)) for seed in (1, 1, 2))
     assert first == again
