@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from lanewise.config import OperatorConfig
 from lanewise.errors import ConfigError
-from lanewise.operator import names
+from lanewise.operator import names, rivals
 from lanewise.operator.apply import Refusal, apply_objects, prune
 from lanewise.operator.children import Children, first_refusal
 from lanewise.operator.cluster import Cluster
@@ -61,6 +61,7 @@ class Memory:
     asked: tuple[str, ...] = ()  # the routers that were, and whether they were ready: others are asked at once
     asking: asyncio.Task[FleetView] | None = None
     unanswered: int = 0
+    rival: str = ""  # who else writes a count that the resource sets
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,7 @@ class Reconciler:
             blocked = ("Unsupported", refused)
         else:
             if not service.spec.paused:
+                await self._look_for_rivals(key, body, known, memory)
                 await self._apply(key, service, known, memory, runtime, model)
             blocked = memory.blocked
         await self._ask_fleet(key, memory, known.of("Pod"))
@@ -134,6 +136,12 @@ class Reconciler:
         status = build_status(service, facts, previous, datetime.now(UTC))
         written = await self._publisher.publish(key, status)
         return self._next(memory, status, settled=written)
+
+    async def _look_for_rivals(self, key: Key, body: dict[str, Any], known: Known, memory: Memory) -> None:
+        """Before a drift is repaired, and until nobody else writes: without either no autoscaler has moved anything."""
+        if memory.rival or rivals.drifted(body, _live(key, known)):
+            hpas = await self._cluster.list("HorizontalPodAutoscaler", key[0])
+            memory.rival = rivals.rival(body, hpas)
 
     def _pin(self, service: LLMService, previous: LLMServiceStatus) -> RuntimeStatus | ConfigError:
         try:
@@ -213,6 +221,7 @@ class Reconciler:
             model=basis.model,
             download=await download_state(service, known, basis.model),
             degraded=basis.blocked,
+            rival=memory.rival,
         )
 
     async def _ask_fleet(self, key: Key, memory: Memory, pods: list[dict[str, Any]]) -> None:

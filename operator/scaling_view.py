@@ -69,7 +69,7 @@ def conflict(
         ref = hpa["spec"].get("scaleTargetRef", {})
         if ref.get("kind") == "Deployment" and ref.get("name") in deployments:
             return Conflict(
-                f"HorizontalPodAutoscaler {hpa['metadata']['name']}{_maker(hpa)} and ScalingPolicy {name} both scale "
+                f"HorizontalPodAutoscaler {hpa['metadata']['name']}{maker(hpa)} and ScalingPolicy {name} both scale "
                 f"Deployment {ref['name']}; remove one"
             )
     return None
@@ -80,7 +80,7 @@ def oldest(policies: Sequence[Manifest]) -> Manifest:
     return min(policies, key=_age)
 
 
-def _maker(hpa: Manifest) -> str:
+def maker(hpa: Manifest) -> str:
     """Who made it, where somebody did: KEDA's would come back until its ScaledObject is gone."""
     owners = hpa["metadata"].get("ownerReferences", ())
     return next((f" (of {owner['kind']} {owner['name']})" for owner in owners if owner.get("controller")), "")

@@ -53,6 +53,7 @@ class Facts:
     model: ModelStatus | None = None
     download: Download | None = None
     degraded: tuple[str, str] | None = None  # (reason, message) of what keeps the operator from its work
+    rival: str = ""  # names two writers of one count
 
 
 def build_status(service: LLMService, facts: Facts, previous: LLMServiceStatus, now: datetime) -> LLMServiceStatus:
@@ -205,6 +206,8 @@ def _degraded(facts: Facts) -> Finding:
         return "True", *facts.degraded
     if facts.rollout.stalled:
         return "True", "RolloutStalled", facts.rollout.stalled
+    if facts.rival:
+        return "True", "Conflict", facts.rival
     if facts.download is not None and facts.download.state == "Failed":
         return "True", "DownloadFailed", facts.download.message
     for role in names.ROLES:
