@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from lanewise.request import choice_seed
-from lanewise.router import http_server
+from lanewise.router import dispatch, http_server
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
 from tests.router.scripted import CONTEXT, ScriptedWorker, partly, rig, story, until
@@ -130,8 +130,19 @@ class TestHolding:
             assert "x-should-retry" not in headers
             assert headers["retry-after"] == "1"
 
-    async def test_whoever_scales_says_how_long_to_hold_and_learns_of_those_who_waited(self) -> None:
+    async def test_nobody_can_have_requests_held_for_ever_or_not_at_all(self) -> None:
+        """The question comes by a port that clients reach too."""
+        async with rig("d", hold_timeout_s=5.0) as made:
+            dispatcher = made.router.dispatcher
+            for asked, held in ((3.0, 3.0), (float("nan"), 3.0), (1e9, 5.0), (float("inf"), 5.0), (-1.0, 1.0)):
+                dispatcher.hold_for(asked)
+                assert dispatcher.hold_timeout_s == held, asked
+
+    async def test_whoever_scales_says_how_long_to_hold_and_learns_of_those_who_waited(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """`scaleToZero.maxHold`, after and before the first worker was seen; absent, it stays as it was."""
+        monkeypatch.setattr(dispatch, "SHORTEST_HOLD_S", 0.1)
         for roles in ("d", ""):
             async with rig(roles, served_name="fable", hold_timeout_s=60.0) as made:
                 for worker in made.workers:
