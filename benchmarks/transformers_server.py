@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import inspect
 import json
 import queue
 import threading
@@ -46,9 +47,11 @@ class Generator(threading.Thread):
     @torch.inference_mode()
     def generate(self, ids: list[int], count: int, tell: Callable[[int | None], None]) -> None:
         cache, rows = None, torch.tensor([ids])
+        # Renamed in transformers 5.24, which warns of the old name.
+        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         for _ in range(count):
-            step = self.model(input_ids=rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, token = step.past_key_values, int(step.logits[0, -1].argmax())
+            step = self.model(input_ids=rows, use_cache=True, logits_to_keep=1, **{name: cache})
+            cache, token = getattr(step, name), int(step.logits[0, -1].argmax())
             tell(token)
             rows = torch.tensor([[token]])
 

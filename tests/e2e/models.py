@@ -5,6 +5,7 @@ Owns: the model directories of the end-to-end tests and the oracle. The oracle i
 
 from __future__ import annotations
 
+import inspect
 import random
 import warnings
 from collections.abc import Sequence
@@ -88,14 +89,16 @@ def oracle(directory: Path, batch: Sequence[Sequence[int]], tokens: int = 64) ->
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     torch.set_num_threads(1)  # the services under test need the cores; two pools on two cores crawl
     model.eval()
+    # Renamed in transformers 5.24, which warns of the old name.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     out = []
     with torch.inference_mode():
         for prompt in batch:
             ids = torch.tensor([list(prompt)])
             cache, result = None, []
             for _ in range(tokens):
-                step = model(input_ids=ids, past_key_values=cache, use_cache=True)
-                cache = step.past_key_values
+                step = model(input_ids=ids, use_cache=True, **{name: cache})
+                cache = getattr(step, name)
                 token = int(step.logits[0, -1].argmax())
                 result.append(token)
                 ids = torch.tensor([[token]])
