@@ -125,7 +125,7 @@ class Reconciler:
             blocked = ("Unsupported", refused)
         else:
             if not service.spec.paused:
-                await self._look_for_rivals(key, body, known, memory)
+                memory.rival = await rivals.seen(self._cluster, key[0], body, _live(key, known), memory.rival)
                 await self._apply(key, service, known, memory, runtime, model)
             blocked = memory.blocked
         await self._ask_fleet(key, memory, known.of("Pod"))
@@ -136,12 +136,6 @@ class Reconciler:
         status = build_status(service, facts, previous, datetime.now(UTC))
         written = await self._publisher.publish(key, status)
         return self._next(memory, status, settled=written)
-
-    async def _look_for_rivals(self, key: Key, body: dict[str, Any], known: Known, memory: Memory) -> None:
-        """Before a drift is repaired, and until nobody else writes: without either no autoscaler has moved anything."""
-        if memory.rival or rivals.drifted(body, _live(key, known)):
-            hpas = await self._cluster.list("HorizontalPodAutoscaler", key[0])
-            memory.rival = rivals.rival(body, hpas)
 
     def _pin(self, service: LLMService, previous: LLMServiceStatus) -> RuntimeStatus | ConfigError:
         try:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lanewise.operator import names
+from lanewise.operator.cluster import Cluster
 from lanewise.operator.scaling_view import maker
 
 Manifest = dict[str, Any]
@@ -45,3 +46,13 @@ def rival(service: Manifest, hpas: Sequence[Manifest]) -> str:
                 "the count or remove the autoscaler"
             )
     return ""
+
+
+async def seen(
+    cluster: Cluster, namespace: str, service: Manifest, live: Mapping[str, Manifest | None], before: str
+) -> str:
+    """As `rival`. Asked before a drift is repaired and, once there was one (`before`), until nobody else writes:
+    without either no autoscaler has moved anything."""
+    if not before and not drifted(service, live):
+        return ""
+    return rival(service, await cluster.list("HorizontalPodAutoscaler", namespace))

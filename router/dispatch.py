@@ -8,10 +8,8 @@ every method here runs to its end on the event loop, so no two can interleave.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import structlog
 
@@ -33,7 +31,6 @@ from lanewise.rpc import convert
 from lanewise.rpc import lanewise_pb2 as pb
 
 ACCOUNT_DELAY_S = 0.002  # metrics of a request wait until its answer is written
-SHORTEST_HOLD_S = 1.0
 HANDOVER_INTERVAL_S = 0.2  # a worker that hands over says so with every message: looked at this often
 
 log = structlog.get_logger(__name__)
@@ -45,7 +42,6 @@ class Dispatcher:
     ) -> None:
         self._config = config
         self._limits = Limits(config.hold_timeout_s, config.retry_budget, config.commit_to_token_s)
-        self._longest_hold_s = config.hold_timeout_s
         self._roster = roster
         self._metrics = metrics
         self._on_routable = on_routable
@@ -80,11 +76,7 @@ class Dispatcher:
     def hold_for(self, seconds: float) -> None:
         """So long from now on, within what is configured: whoever reaches this port can ask. Requests that wait already
         keep their time."""
-        if not math.isfinite(seconds):
-            return
-        seconds = min(max(seconds, SHORTEST_HOLD_S), self._longest_hold_s)
-        if seconds != self._limits.hold_timeout_s:
-            self._limits = replace(self._limits, hold_timeout_s=seconds)
+        self._limits = self._limits.holding(seconds, self._config.hold_timeout_s)
 
     def start(self, order: Order, sink: Sink, choice: int) -> None:
         """Accept a request. Everything that becomes of it, its end included, goes to the sink."""

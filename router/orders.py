@@ -5,11 +5,14 @@ Owns: these shapes. Must not: contain behaviour beyond reading itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from lanewise.errors import LanewiseError
 from lanewise.request import FinishReason, Sampling, Submission, Token
+
+SHORTEST_HOLD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,12 @@ class Limits:
     hold_timeout_s: float
     retry_budget: int
     commit_to_token_s: float
+
+    def holding(self, seconds: float, longest_s: float) -> Limits:
+        """These with another hold_timeout_s, within 1 s and `longest_s`; what is no number changes nothing."""
+        if math.isnan(seconds):
+            return self
+        return replace(self, hold_timeout_s=min(max(seconds, SHORTEST_HOLD_S), longest_s))
 
 
 @dataclass(frozen=True, slots=True)

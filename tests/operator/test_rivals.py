@@ -7,17 +7,12 @@ from typing import Any
 
 import pytest
 
-from lanewise.config import OperatorConfig
-from lanewise.operator.observed import Key, Known, Store
-from lanewise.operator.reconcile import Memory, Reconciler
-from lanewise.operator.rivals import drifted, rival
+from lanewise.operator.rivals import drifted, rival, seen
 from lanewise.operator.status import Facts, build_status
 from lanewise.spec import LLMService
-from lanewise.spec_status import LLMServiceStatus, RuntimeStatus
+from lanewise.spec_status import LLMServiceStatus
 from tests.operator.scaling_cases import deployment, hpa, service
 
-KEY: Key = ("ns", "chat")
-RUNTIME = RuntimeStatus(version="0.1.0", rendering=1, control_image="c", worker_image="w")
 SET = service(decode={"replicas": 2})
 
 
@@ -52,23 +47,17 @@ class Cluster:
 
 
 async def test_autoscalers_are_looked_for_when_a_count_moved_and_until_they_are_gone() -> None:
-    cluster, memory = Cluster(hpa("mine", "chat-decode")), Memory()
-    nothing: Any = None
-    looking = Reconciler(OperatorConfig(), RUNTIME, cluster, Store(), nothing, nothing)  # type: ignore[arg-type]
-    known = Known(service=SET)
-    for item in (deployment("prefill", 1), deployment("decode", 2)):
-        known.children["Deployment", item["metadata"]["name"]] = item
-    await looking._look_for_rivals(KEY, SET, known, memory)
-    assert (cluster.asked, memory.rival) == (0, ""), "nothing has moved: nobody is asked"
-    known.children["Deployment", "chat-decode"] = deployment("decode", 5)
-    await looking._look_for_rivals(KEY, SET, known, memory)
-    assert "mine" in memory.rival
-    known.children["Deployment", "chat-decode"] = deployment("decode", 2)  # repaired
-    await looking._look_for_rivals(KEY, SET, known, memory)
-    assert "mine" in memory.rival, "it will write again"
+    cluster = Cluster(hpa("mine", "chat-decode"))
+
+    async def look(decode: int, before: str) -> str:
+        return await seen(cluster, "ns", SET, live(prefill=1, decode=decode), before)  # type: ignore[arg-type]
+
+    assert (await look(2, ""), cluster.asked) == ("", 0), "nothing has moved: nobody is asked"
+    found = await look(5, "")
+    assert "mine" in found
+    assert await look(2, found) == found, "repaired, and it will write again"
     cluster.hpas.clear()
-    await looking._look_for_rivals(KEY, SET, known, memory)
-    assert (cluster.asked, memory.rival) == (3, "")
+    assert (await look(2, found), cluster.asked) == ("", 3)
 
 
 def test_the_status_says_so_and_the_service_goes_on() -> None:

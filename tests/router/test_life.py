@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from lanewise.request import choice_seed
-from lanewise.router import dispatch, http_server
+from lanewise.router import http_server, orders
 from lanewise.rpc import lanewise_pb2 as pb
 from lanewise.rpc import lanewise_pb2_grpc as pb_grpc
 from tests.router.scripted import CONTEXT, ScriptedWorker, partly, rig, story, until
@@ -142,7 +142,7 @@ class TestHolding:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """`scaleToZero.maxHold`, after and before the first worker was seen; absent, it stays as it was."""
-        monkeypatch.setattr(dispatch, "SHORTEST_HOLD_S", 0.1)
+        monkeypatch.setattr(orders, "SHORTEST_HOLD_S", 0.1)
         for roles in ("d", ""):
             async with rig(roles, served_name="fable", hold_timeout_s=60.0) as made:
                 for worker in made.workers:
