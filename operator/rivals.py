@@ -11,7 +11,7 @@ from typing import Any
 
 from lanewise.operator import names
 from lanewise.operator.cluster import Cluster
-from lanewise.operator.scaling_view import maker
+from lanewise.operator.scaling_view import scaler
 
 Manifest = dict[str, Any]
 
@@ -37,15 +37,13 @@ def drifted(service: Manifest, live: Mapping[str, Manifest | None]) -> bool:
 def rival(service: Manifest, hpas: Sequence[Manifest]) -> str:
     """Names both writers of one count; empty where there is one alone."""
     counts, name = set_counts(service), service["metadata"]["name"]
-    for hpa in hpas:
-        ref = hpa["spec"].get("scaleTargetRef", {})
-        if ref.get("kind") == "Deployment" and (target := ref.get("name")) in counts:
-            return (
-                f"HorizontalPodAutoscaler {hpa['metadata']['name']}{maker(hpa)} scales Deployment {target}, and "
-                f"LLMService {name} sets spec.{target.removeprefix(f'{name}-')}.replicas ({counts[target]}); omit "
-                "the count or remove the autoscaler"
-            )
-    return ""
+    found = scaler(hpas, counts)
+    if found is None:
+        return ""
+    hpa, deployment = found
+    field = f"spec.{deployment.removeprefix(f'{name}-')}.replicas ({counts[deployment]})"
+    both = f"{hpa} scales Deployment {deployment}, and LLMService {name} sets {field}"
+    return f"{both}; omit the count or remove the autoscaler"
 
 
 async def seen(

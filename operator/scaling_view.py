@@ -5,7 +5,7 @@ Owns: counting pods, sums of routers, conflicts between writers. Pure. Must not:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from statistics import median
@@ -64,14 +64,19 @@ def conflict(
                 f"LLMService {target} sets spec.{role}.replicas ({replicas}); ScalingPolicy {name} scales it only when "
                 "replicas of both roles are omitted"
             )
-    deployments = {f"{target}-{role}" for role in names.WORKERS}
+    found = scaler(hpas, {f"{target}-{role}" for role in names.WORKERS})
+    if found is None:
+        return None
+    hpa, deployment = found
+    return Conflict(f"{hpa} and ScalingPolicy {name} both scale Deployment {deployment}; remove one")
+
+
+def scaler(hpas: Sequence[Manifest], deployments: Collection[str]) -> tuple[str, str] | None:
+    """An HPA that scales one of these Deployments, in words, and which."""
     for hpa in hpas:
         ref = hpa["spec"].get("scaleTargetRef", {})
         if ref.get("kind") == "Deployment" and ref.get("name") in deployments:
-            return Conflict(
-                f"HorizontalPodAutoscaler {hpa['metadata']['name']}{maker(hpa)} and ScalingPolicy {name} both scale "
-                f"Deployment {ref['name']}; remove one"
-            )
+            return f"HorizontalPodAutoscaler {hpa['metadata']['name']}{_maker(hpa)}", str(ref["name"])
     return None
 
 
@@ -80,7 +85,7 @@ def oldest(policies: Sequence[Manifest]) -> Manifest:
     return min(policies, key=_age)
 
 
-def maker(hpa: Manifest) -> str:
+def _maker(hpa: Manifest) -> str:
     """Who made it, where somebody did: KEDA's would come back until its ScaledObject is gone."""
     owners = hpa["metadata"].get("ownerReferences", ())
     return next((f" (of {owner['kind']} {owner['name']})" for owner in owners if owner.get("controller")), "")
