@@ -51,7 +51,7 @@ class Owner(direct.Watcher, Protocol):
     def broken(self, address: str) -> None:
         """What was sent there and not acknowledged may be lost."""
 
-    def test_sockets(self, address: str, frames: Frames) -> None:
+    def probe_sockets(self, address: str, frames: Frames) -> None:
         """Sends a test block beside the direct connection, by ZeroMQ."""
 
     def measured(self, address: str, partner: str, num_bytes: int, seconds: float) -> None:
@@ -205,7 +205,7 @@ class Outlet:
             parts: Frames = [direct.lengths(len(header), num_bytes) + header, *([block] if block else [])]
             self._due_at = trial.due_at
             if block and trial.route is Route.ZEROMQ:
-                self._owner.test_sockets(self._address, [header, block])
+                self._owner.probe_sockets(self._address, [header, block])
                 return
             self._post(Letter(("", 0), parts, len(parts[0]) + num_bytes), now)
             return

@@ -79,7 +79,7 @@ class SenderThread(SocketThread):
     def broken(self, address: str) -> None:
         self.core.resend(address)
 
-    def test_sockets(self, address: str, frames: Frames) -> None:
+    def probe_sockets(self, address: str, frames: Frames) -> None:
         if connection := self._connections.get(address):
             connection.probes[0] = frames
             self._flush(connection)

@@ -10,7 +10,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +37,7 @@ from lanewise.transfer.neighbour import MAX_RUNS, NotRuns
 from lanewise.transfer.trial import References, Route
 from lanewise.transfer.word_sum import word_sum
 from tests.transfer.conftest import LAYOUT, NumpyStore
+from tests.transfer.held_back import Gate, changed_pages_end_their_transfer, reused_pages_are_never_accepted
 from tests.transfer.standin_gpu import StandIn, build, opened
 from tests.transfer.test_direct import IDS, LIMITS, arrives, begin, connect, outlet_of
 
@@ -74,19 +74,10 @@ def measured(outlet) -> bool:
     return outlet is not None and outlet._trial is None
 
 
-class Gate:
-    """Holds every copy of a device until it is let go."""
-
-    def __init__(self, device: StandIn) -> None:
-        self.waiting, self.open = threading.Event(), threading.Event()
-        real = device.copy
-
-        def copy(*areas: object) -> None:
-            self.waiting.set()
-            assert self.open.wait(8)
-            real(*areas)
-
-        device.copy = copy
+def gate_of_copies(device: StandIn) -> Gate:
+    gate = Gate()
+    device.copy = gate.before(device.copy)
+    return gate
 
 
 def test_chunks_are_copied_from_one_gpu_to_the_other(net, gpu):
@@ -111,35 +102,17 @@ def test_the_way_is_measured(net, gpu):
 
 def test_pages_that_were_reused_before_they_were_copied_are_never_accepted(net, gpu):
     prefill, decode = pair(net, gpu)
-    gate = Gate(decode.store.device_memory)
-    pages = begin(net, prefill, decode, ("r", 1))
-    assert gate.waiting.wait(8)
-    prefill.sender.abort(("r", 1), "test")
-    prefill.log.wait(Aborted, ("r", 1))
-    prefill.store.pool[:, :, pages] = 99  # whoever has the pages now
-    gate.open.set()
-    decode.log.wait(Aborted, ("r", 1))
-    arrives(net, prefill, decode, ("r", 2))
-    assert not decode.log.of(Committed, ("r", 1))
-    others = np.setdiff1d(np.arange(decode.store.pool.shape[2]), decode.pages["r", 2])
-    assert not decode.store.pool[:, :, others].any(), "bytes that were never verified are in pages"
+    reused_pages_are_never_accepted(net, prefill, decode, gate_of_copies(decode.store.device_memory))
 
 
 def test_pages_that_change_under_a_living_transfer_end_it(net, gpu):
     prefill, decode = pair(net, gpu)
-    gate = Gate(decode.store.device_memory)
-    pages = begin(net, prefill, decode, ("r", 1))
-    assert gate.waiting.wait(8)
-    prefill.store.pool[:, :, pages] ^= 1
-    gate.open.set()
-    assert "changed while it was sent" in prefill.log.wait(Aborted, ("r", 1)).reason
-    decode.log.wait(Aborted, ("r", 1))
-    assert not decode.log.of(Committed)
+    changed_pages_end_their_transfer(net, prefill, decode, gate_of_copies(decode.store.device_memory))
 
 
 def test_cancelled_pages_are_free_only_when_no_copy_is_under_way(net, gpu):
     prefill, decode = pair(net, gpu)
-    gate = Gate(decode.store.device_memory)
+    gate = gate_of_copies(decode.store.device_memory)
     begin(net, prefill, decode, ("r", 1))
     assert gate.waiting.wait(8)
     decode.receiver.cancel(("r", 1), "test")

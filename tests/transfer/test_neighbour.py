@@ -9,20 +9,19 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lanewise.fleet import LinkState
-from lanewise.transfer import Aborted, Committed, Delivered, Faults, Limits, LinkReport, Peer, direct, neighbour
+from lanewise.transfer import Delivered, Faults, Limits, LinkReport, Peer, direct, neighbour
 from lanewise.transfer import messages as m
 from lanewise.transfer.neighbour import Neighbour, NotRuns, Reading, pack, unpack
 from lanewise.transfer.trial import References, Route
+from tests.transfer.held_back import Gate, changed_pages_end_their_transfer, reused_pages_are_never_accepted
 from tests.transfer.test_direct import IDS, LIMITS, arrives, begin, connect, outlet_of
 
 SCRIPT = Path(__file__).with_name("peer_process.py")
@@ -51,19 +50,10 @@ def pair(net, *, in_place=True, limits=LIMITS, **options):
     return prefill, decode
 
 
-class Gate:
-    """Holds every read of a neighbour's memory until it is let go."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.waiting, self.open = threading.Event(), threading.Event()
-        real = Neighbour.read
-
-        def read(*args: object) -> None:
-            self.waiting.set()
-            assert self.open.wait(8)
-            real(*args)
-
-        monkeypatch.setattr(Neighbour, "read", read)
+def gate_of_reads(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    gate = Gate()
+    monkeypatch.setattr(Neighbour, "read", gate.before(Neighbour.read))
+    return gate
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -79,30 +69,12 @@ def test_chunks_are_read_from_the_senders_pages(net, near, in_place):
 
 def test_pages_that_were_reused_before_they_were_read_are_never_accepted(net, near, monkeypatch):
     prefill, decode = pair(net)
-    gate = Gate(monkeypatch)
-    pages = begin(net, prefill, decode, ("r", 1))
-    assert gate.waiting.wait(8)
-    prefill.sender.abort(("r", 1), "test")
-    prefill.log.wait(Aborted, ("r", 1))
-    prefill.store.pool[:, :, pages] = 99  # whoever has the pages now
-    gate.open.set()
-    decode.log.wait(Aborted, ("r", 1))
-    arrives(net, prefill, decode, ("r", 2))
-    assert not decode.log.of(Committed, ("r", 1))
-    others = np.setdiff1d(np.arange(decode.store.pool.shape[2]), decode.pages["r", 2])
-    assert not decode.store.pool[:, :, others].any(), "bytes that were never verified are in pages"
+    reused_pages_are_never_accepted(net, prefill, decode, gate_of_reads(monkeypatch))
 
 
 def test_pages_that_change_under_a_living_transfer_end_it(net, near, monkeypatch):
     prefill, decode = pair(net)
-    gate = Gate(monkeypatch)
-    pages = begin(net, prefill, decode, ("r", 1))
-    assert gate.waiting.wait(8)
-    prefill.store.pool[:, :, pages] ^= 1
-    gate.open.set()
-    assert "changed while it was sent" in prefill.log.wait(Aborted, ("r", 1)).reason
-    decode.log.wait(Aborted, ("r", 1))
-    assert not decode.log.of(Committed)
+    changed_pages_end_their_transfer(net, prefill, decode, gate_of_reads(monkeypatch))
 
 
 def test_what_cannot_be_read_goes_by_the_connection(net, near, monkeypatch):
@@ -130,7 +102,7 @@ def test_faults_of_references_are_made_good(net, near, what):
 def test_references_wait_for_acknowledgements(net, near, monkeypatch):
     limits = Limits(chunk_bytes=8192, referred_bytes=8192, least_piece_bytes=1, window_bytes=16384)
     prefill, decode = pair(net, limits=limits)
-    gate = Gate(monkeypatch)
+    gate = gate_of_reads(monkeypatch)
     for epoch in range(8):
         begin(net, prefill, decode, (f"r{epoch}", 1))
     net.eventually(lambda: prefill.sender.snapshot().chunks_referred == 2, "a window is on its way")
