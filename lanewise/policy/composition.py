@@ -50,9 +50,7 @@ class Batch:
     def take(self, job: Job, most: int) -> None:
         """Up to `most` tokens of the job, unconditionally."""
         new = min(job.remaining_tokens, most)
-        self.chunks.append((job.key, new))
-        self.tokens += new
-        self._attention_s += self._cost.attention(new, job.context_tokens)
+        self._put(job, new, self._cost.attention(new, job.context_tokens))
         self._taken = job.key
 
     def add_on_time(self, job: Job) -> None:
