@@ -5,13 +5,15 @@ Must not: tune anything on the trace that is judged.
 
     python benchmarks/fidelity.py [--requests 1000] [--replays 5] [--load 0.6] [--json F]
 
-1. `lanewise profile` measures the engine on one core, on prompts of its own.
-2. A calibration trace (other lengths in another order, other arrivals, other prompts) is served and simulated. Two
-   constants come from it: what the worker's other threads (gRPC, transfer) take of its core for a request, measured as
-   CPU time and added to the time of a request; and the difference of the median TTFTs: client, router, two streams.
-3. The judged trace is served `replays` times by one router, one prefill and one decode worker, each worker on one core
-   (router and client on any but the prefill worker's), and simulated once. Compared are simulated + constant and the
-   median over the replays.
+1. `lanewise profile` measures the engine on one core, on prompts of its own: from it come the arrival rates.
+2. A calibration trace (other lengths in another order, other arrivals, other prompts) is served and simulated, and the
+   prefill worker asked for the profile that it has refitted from those batches: it holds what gRPC and transfer threads
+   take of its core while it computes, which a profile of the engine alone does not know. One constant comes from the
+   calibration: the difference of the median TTFTs (client, router, two streams).
+3. The judged trace is served by one router, one prefill and one decode worker, each worker on one core (router and
+   client on any but the prefill worker's), and simulated once. Compared are simulated + constant and the median.
+Both are served `replays` times in turns, for the speed of a machine changes by the minute: the profile is the median,
+coefficient by coefficient, of those read after each calibration, the constant that of the calibrations.
 """
 
 from __future__ import annotations
@@ -26,11 +28,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-
-import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -39,6 +39,7 @@ from lanewise.bench.report import percentile, times
 from lanewise.bench.targets import Settings, connect
 from lanewise.bench.workload import Ask, Prompts
 from lanewise.config import WorkerConfig
+from lanewise.policy.cost import CostModel
 from lanewise.policy.profile import Profile
 from lanewise.sim.cluster import SimConfig, simulate
 from lanewise.sim.service import load_profile
@@ -49,31 +50,20 @@ DATA = Path(__file__).parent / "data"
 LONGEST = 1900  # of the built-in model's context of 2048
 # Times the lengths of the lmsys prompts. At their own lengths (a prefill takes 5 ms here) load 0.6 is 120 requests a
 # second, which saturate the other core (decode, router, client): TTFT is then its queue, 90 of 100 ms, and the replay
-# says nothing of scheduling.
-STRETCH = 4
+# says nothing of scheduling. At four times their lengths that core is still busy for three quarters of the time.
+STRETCH = 12
 OUTPUT_TOKENS = 4
 TOLERANCE = 0.10
-QUIET_PERCENT, PROFILES = 8.0, 3
 SETTINGS = Settings(model="fable", temperature=0.0, ignore_eos=True, timeout_s=120.0)
 
 
 def measure_profile(folder: Path) -> Profile:
-    """In a process of its own, on the core the prefill worker will have; again when other work was in the way.
-
-    On a quiet machine the fit misses its own shapes by 3 to 6 % on average, beside other work by 20 % and more: then
-    neither it nor anything that is served here says what it should.
-    """
+    """In a process of its own, on the core the prefill worker will have."""
     output = folder / "profile.yaml"
     command = [sys.executable, "-m", "lanewise", "profile", "--cores", "[0]", "--threads", "1", "--output", str(output)]
-    for _ in range(PROFILES):
-        subprocess.run(command, check=True, timeout=240)
-        print(output.read_text())
-        error = yaml.safe_load(output.read_text())["notes"]["mean_error_percent"]
-        if error <= QUIET_PERCENT:
-            return load_profile(str(output), folder)
-    raise SystemExit(
-        f"the machine is not quiet: the profile misses its own shapes by {error} %, above {QUIET_PERCENT:g}"
-    )
+    subprocess.run(command, check=True, timeout=240)
+    print(output.read_text())
+    return load_profile(str(output), folder)
 
 
 def trace(profile: Profile, count: int, load: float, seed: int) -> list[Ask]:
@@ -90,13 +80,19 @@ def trace(profile: Profile, count: int, load: float, seed: int) -> list[Ask]:
     return asks
 
 
-def beside_engine_s(pid: int) -> float:
-    """CPU seconds of all threads of a worker but the one that computes, which is the busiest."""
-    ticks = []
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        fields = (thread / "stat").read_text().rpartition(")")[2].split()
-        ticks.append(int(fields[11]) + int(fields[12]))  # utime, stime
-    return (sum(ticks) - max(ticks)) / os.sysconf("SC_CLK_TCK")
+def refitted(service: Service, profile: Profile, folder: Path) -> Profile:
+    """As the prefill worker has measured it in its latest batches."""
+    address = next(w.address for w in service.snapshot().workers if w.description.role == "prefill")
+    output = folder / "refitted.yaml"
+    command = [sys.executable, "-m", "lanewise", "profile", "--worker", address, "--output", str(output)]
+    subprocess.run(command, check=True, timeout=60)
+    return replace(profile, cost=load_profile(str(output), folder).cost)
+
+
+def middle(profiles: Sequence[Profile]) -> Profile:
+    """The median of each coefficient."""
+    costs = [asdict(profile.cost) for profile in profiles]
+    return replace(profiles[0], cost=CostModel(**{name: median(cost[name] for cost in costs) for name in costs[0]}))
 
 
 def simulated(profile: Profile, asks: Sequence[Ask]) -> list[float]:
@@ -153,29 +149,26 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         profile = measure_profile(folder)
-        first = trace(profile, options.requests // 4, options.load, 1)
+        first = trace(profile, options.requests // 2, options.load, 1)
+        judged = trace(profile, options.requests, options.load, 2)
         roles = {role: {"replicas": 1, "kvCacheMemory": "512Mi"} for role in ("prefill", "decode")}
+        profiles, calibrations, replays = [], [], []
         with running(folder / "state", service_file(folder, disaggregation="Always", **roles)) as service:
             url = f"grpc://{service.grpc}"
             leave_to_prefill(service)
-            asyncio.run(served(url, first[:50], 0))  # warm-up
-            before = beside_engine_s(service.pid("prefill"))
-            calibration = points(asyncio.run(served(url, first, 1)))
-            beside_s = (beside_engine_s(service.pid("prefill")) - before) / len(first)
-            print("calibration: p50 {:.1f} ms, p90 {:.1f} ms".format(*calibration), flush=True)
-            profile = replace(profile, cost=replace(profile.cost, request_s=profile.cost.request_s + beside_s))
-            constant = calibration[0] - points(simulated(profile, first))[0]
-            judged = trace(profile, options.requests, options.load, 2)
-            replays = []
+            asyncio.run(served(url, first, 0))  # memory that was never touched, cold caches
             for number in range(options.replays):
-                replays.append(points(asyncio.run(served(url, judged, 2 + number))))
-                print("replay {}: p50 {:.1f} ms, p90 {:.1f} ms".format(number + 1, *replays[-1]), flush=True)
+                calibrations.append(points(asyncio.run(served(url, first, 100 + number))))
+                profiles.append(refitted(service, profile, folder))
+                replays.append(points(asyncio.run(served(url, judged, 200 + number))))
+                told = (calibrations[-1], replays[-1], 1e3 * profiles[-1].cost.alone(512))
+                print("{0[0]:.1f} and {0[1]:.1f}, {1[0]:.1f} and {1[1]:.1f} ms, {2:.1f}".format(*told), flush=True)
+    profile = middle(profiles)
+    constant = median(p50 for p50, _ in calibrations) - points(simulated(profile, first))[0]
     real = tuple(median(values) for values in zip(*replays, strict=True))
     expected = tuple(value + constant for value in points(simulated(profile, judged)))
     errors = [b / a - 1 for a, b in zip(real, expected, strict=True)]
-    print(
-        f"from {len(first)} requests of another trace: {1e3 * beside_s:.2f} ms of core each, constant {constant:.2f} ms"
-    )
+    print(f"from {len(first)} requests of another trace: constant {constant:.2f} ms, {profile.cost}")
     for label, a, b, error, column in zip(
         ("p50", "p90"), real, expected, errors, zip(*replays, strict=True), strict=True
     ):
