@@ -6,7 +6,8 @@ Must not: hold a policy or a definition; `lanewise.policy` and `lanewise.bench` 
     python benchmarks/scheduling.py [mixed] [closed] [--runs 3] [--requests 100] [--json F] [--plot F]
 
 All services are up at once and idle but for the one that is asked, and each run of a load goes over all policies before
-the next: what disturbs the machine for a while disturbs all of them. Medians over the runs.
+the next, in closed loops in slices of seconds: what disturbs the machine for a while disturbs all of them. Medians over
+the runs; of closed loops, of what each run says of two policies.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ POLICIES = ("lanewise", "fcfs-8192", "fcfs-1024", "laps-8192")
 PLAIN = ("fcfs-8192", "fcfs-1024")
 PROMPTS, OUTPUTS = "80%:64,20%:1536", "64"  # as in the mixed measurement of benchmarks/peers.py
 LONGEST = 1900  # of the built-in model's context of 2048
-TURNS = 20  # of each client: at the end of a run only long prompts are left of a queue that is not in order
+SLICE, TURNS = 60, 20
+"""A slice of a closed loop has so many requests and TURNS for each client: at its end only long prompts are left of a
+queue that is not in order."""
+LEAST = 400  # requests of a run
 CLOSED_CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128)
 POISSON_LOAD = 0.7  # of the requests per second that the closed loop of 16 served
 SETTINGS = Settings(model="fable", temperature=0.0, ignore_eos=True, timeout_s=300.0)
@@ -62,7 +66,8 @@ class Load:
     rate: float = 0.0
 
 
-Figures = Callable[[Sequence[Sample]], dict[str, float]]
+Figures = Callable[[Sequence[Sequence[Sample]]], dict[str, float]]
+"""Of the slices of one run."""
 
 
 async def run(url: str, load: Load, asks: Sequence[Ask], seed: int) -> list[Sample]:
@@ -84,11 +89,12 @@ async def run(url: str, load: Load, asks: Sequence[Ask], seed: int) -> list[Samp
     return samples
 
 
-def mixed_figures(samples: Sequence[Sample]) -> dict[str, float]:
+def mixed_figures(slices: Sequence[Sequence[Sample]]) -> dict[str, float]:
     """Milliseconds by class of prompt, and requests per second."""
+    samples = [sample for part in slices for sample in part]
     short = [sample for sample in samples if sample.ask.prompt_tokens <= 256]
     long = [sample for sample in samples if sample.ask.prompt_tokens > 256]
-    figures = {"rate": _rate(samples)}
+    figures = {"rate": _rate(slices)}
     for name, group in (("short", short), ("long", long)):
         found = [item for sample in group if (item := times(sample)) is not None]
         ttft, itl = sorted(item.ttft_s for item in found), sorted(gap for item in found for gap in item.itl_s)
@@ -97,13 +103,16 @@ def mixed_figures(samples: Sequence[Sample]) -> dict[str, float]:
     return figures
 
 
-def _rate(samples: Sequence[Sample]) -> float:
-    first = min(sample.scheduled_s for sample in samples)
-    return len(samples) / (max(sample.answer.end_s for sample in samples) - first)
+def _rate(slices: Sequence[Sequence[Sample]]) -> float:
+    taken = (max(x.answer.end_s for x in part) - min(x.scheduled_s for x in part) for part in slices)
+    return sum(map(len, slices)) / sum(taken)
 
 
-def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: median(figures[name] for figures in runs) for name in runs[0]}
+def medians(by_policy: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    return {
+        policy: {name: median(figures[name] for figures in runs) for name in runs[0]}
+        for policy, runs in by_policy.items()
+    }
 
 
 def start(stack: ExitStack) -> dict[str, Service]:
@@ -121,20 +130,22 @@ def start(stack: ExitStack) -> dict[str, Service]:
 
 
 def compare(
-    services: dict[str, Service], load: Load, asks: Sequence[Ask], runs: int, figures: Figures
-) -> dict[str, dict[str, float]]:
-    """policy -> medians over the runs."""
+    services: dict[str, Service], load: Load, slices: Sequence[Sequence[Ask]], runs: int, figures: Figures
+) -> dict[str, list[dict[str, float]]]:
+    """policy -> figures of each run."""
     collected: dict[str, list[dict[str, float]]] = {policy: [] for policy in services}
     for number in range(runs):
-        order = list(services)
-        random.Random(number).shuffle(order)
+        shuffled = random.Random(number)
         # Prompts no run before had, whatever the part: caches stay cold.
         seed = zlib.crc32(f"{figures.__name__} {load.name} {number}".encode())
-        for policy in order:
-            samples = asyncio.run(run(f"grpc://{services[policy].grpc}", load, asks, seed))
-            collected[policy].append(figures(samples))
+        samples: dict[str, list[Sequence[Sample]]] = {policy: [] for policy in services}
+        for asks in slices:
+            for policy in shuffled.sample(list(services), len(services)):
+                samples[policy].append(asyncio.run(run(f"grpc://{services[policy].grpc}", load, asks, seed)))
+        for policy, parts in samples.items():
+            collected[policy].append(figures(parts))
         print(f"{load.name}: run {number + 1} of {runs} after {time.monotonic() - STARTED:.0f} s", flush=True)
-    return {policy: medians(collected[policy]) for policy in services}
+    return collected
 
 
 def mixed(services: dict[str, Service], runs: int, requests: int) -> tuple[dict[str, Any], bool]:
@@ -144,7 +155,7 @@ def mixed(services: dict[str, Service], runs: int, requests: int) -> tuple[dict[
     found: dict[str, Any] = {}
 
     def add(load: Load, asks: Sequence[Ask]) -> None:
-        found[load.name] = compare(services, load, asks, runs, mixed_figures)
+        found[load.name] = medians(compare(services, load, [asks], runs, mixed_figures))
         columns = ("rate", "short_ttft_p50", "short_ttft_p99", "long_ttft_p50", "long_ttft_p99")
         show(f"mixed, {load.name}: requests/s, ms", found[load.name], (*columns, "short_itl_p50", "short_itl_p99"))
 
@@ -166,20 +177,33 @@ def closed(services: dict[str, Service], runs: int, levels: Sequence[int]) -> tu
     found, reached = {}, True
     for clients in levels:
         load = Load(f"{clients} clients", clients=clients)
-        asks = [Ask(i, None, n, 1, "") for i, n in enumerate(lengths[: 150 + TURNS * clients])]
-        by_policy = found[load.name] = compare(chosen, load, asks, runs, _closed_figures)
-        ours = by_policy["lanewise"]
-        rate = ours["rate"] / max(by_policy[policy]["rate"] for policy in PLAIN)
-        wait = min(by_policy[policy]["ttft_p50"] for policy in PLAIN) / ours["ttft_p50"]
+        by_policy = compare(chosen, load, _slices(lengths, clients), runs, _closed_figures)
+        found[load.name] = medians(by_policy)
+        rate = min(_beside(by_policy, plain, "rate") for plain in PLAIN)
+        wait = min(1 / _beside(by_policy, plain, "ttft_p50") for plain in PLAIN)
         reached = reached and rate >= 0.95 and wait >= 0.95
-        show(f"lmsys lengths, {load.name}: requests/s, median TTFT ms", by_policy, ("rate", "ttft_p50"))
+        show(f"lmsys lengths, {load.name}: requests/s, median TTFT ms", found[load.name], ("rate", "ttft_p50"))
         print(f"{load.name}: throughput {rate:.3f} of the better plain queue, median TTFT {wait:.3f} (at least 0.95)")
     return found, reached
 
 
-def _closed_figures(samples: Sequence[Sample]) -> dict[str, float]:
-    ttft = sorted(found.ttft_s for sample in samples if (found := times(sample)) is not None)
-    return {"rate": _rate(samples), "ttft_p50": 1e3 * percentile(ttft, 50)}
+def _slices(lengths: Sequence[int], clients: int) -> list[list[Ask]]:
+    """Of one run."""
+    size = SLICE + TURNS * clients
+    count = -(-LEAST // size)
+    asks = [Ask(i, None, n, 1, "") for i, n in enumerate(lengths[: count * size])]
+    return [asks[at : at + size] for at in range(0, len(asks), size)]
+
+
+def _beside(by_policy: dict[str, list[dict[str, float]]], plain: str, name: str) -> float:
+    """Median over the runs of ours in parts of a plain queue's."""
+    pairs = zip(by_policy["lanewise"], by_policy[plain], strict=True)
+    return median(ours[name] / theirs[name] for ours, theirs in pairs)
+
+
+def _closed_figures(slices: Sequence[Sequence[Sample]]) -> dict[str, float]:
+    ttft = sorted(found.ttft_s for part in slices for sample in part if (found := times(sample)) is not None)
+    return {"rate": _rate(slices), "ttft_p50": 1e3 * percentile(ttft, 50)}
 
 
 def show(title: str, by_policy: dict[str, dict[str, float]], columns: Sequence[str]) -> None:

@@ -122,7 +122,7 @@ class LengthAware(BatchPolicy):
         held = None if self._late or given_up else self._hold(kept, batch, now)
         if held is not None:
             return BatchPlan(wait_until_s=held)
-        self._surprises.began(now)
+        self._surprises.began(now, batch.seconds)
         return BatchPlan(tuple(batch.chunks))
 
     def _fill(self, batch: Batch, on_time: Sequence[Due], given_up: Sequence[Due], now: float) -> None:
@@ -150,7 +150,8 @@ class LengthAware(BatchPolicy):
         return (1 + URGENCY * exp(-slack / (URGENT * self._target_s))) / max(due.seconds, TINY_S)
 
     def _waiting(self, kept: list[Due], now: float) -> Waiting:
-        return Waiting(kept, self._late_seconds, len(self.jobs), self._rate.at(now), self._surprises.share)
+        late_s, rate, surprises = self._late_seconds, self._rate.at(now), self._surprises
+        return Waiting(kept, late_s, len(self.jobs), rate, surprises.share, surprises.closed)
 
     def _give_up_late(self, now: float) -> None:
         """Who could not be on time even alone is late from now on."""

@@ -13,6 +13,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import zmq
@@ -30,6 +31,7 @@ RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 TRIAL_AFTER_S = 0.2  # a link that comes up measures its own sockets first
 _NEVER = float("inf")
 _MAX_PARTS = 512  # of one system call; Linux takes 1024
+_MOST_LETTERS = 64  # that wait to leave together
 _ZEROS = memoryview(bytes(1 << 20))
 _IN, _OUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 
@@ -98,6 +100,11 @@ class Outlet:
     def idle(self) -> bool:
         return self.up and not self._letters
 
+    @property
+    def takes_more(self) -> bool:
+        """Of messages without a payload, which leave together."""
+        return self.up and not self._blocked and len(self._letters) < _MOST_LETTERS
+
     def tick(self, now: float) -> None:
         if now < self._due_at:
             return
@@ -108,18 +115,26 @@ class Outlet:
         else:
             self._break("no answer", now)
 
-    def send(self, letter: Letter, now: float) -> bool:
-        """Takes a letter to be sent before all later ones; False: it did not go and its memory is free."""
+    def send(self, letter: Letter, now: float, *, later: bool = False) -> bool:
+        """Takes a letter to be sent before all later ones; False: it did not go and its memory is free. `later`: with
+        what comes until `flush`, by one system call."""
         if not self.up:
             letter.on_sent()
             return False
+        if later:
+            self._letters.append(letter)
+            return True
         self._post(letter, now)
         return self.up
 
+    def flush(self, now: float) -> None:
+        """Sends what waits for more."""
+        if self._letters and not self._blocked:
+            self._push(now)
+
     def _post(self, letter: Letter, now: float) -> None:
         self._letters.append(letter)
-        if len(self._letters) == 1:
-            self._push(now)
+        self.flush(now)
 
     def release(self, key: Key) -> None:
         """From here on no page of this transfer is read."""
@@ -237,14 +252,30 @@ class Outlet:
     def _write(self) -> None:
         assert self._sock is not None
         while self._letters:
-            letter = self._letters[0]
-            while letter.left:
-                sent = self._sock.sendmsg(letter.parts[self._at : self._at + _MAX_PARTS])
-                letter.left -= sent
-                if letter.left:
-                    self._skip(letter.parts, sent)
+            parts = self._next_parts()
+            self._sent(self._sock.sendmsg(parts))
+
+    def _next_parts(self) -> Frames:
+        """Of the first letter and of those behind it, as many as one system call takes."""
+        first = self._letters[0]
+        parts = first.parts[self._at : self._at + _MAX_PARTS]
+        if self._at + len(parts) == len(first.parts):
+            for letter in islice(self._letters, 1, None):
+                if len(parts) + len(letter.parts) > _MAX_PARTS:
+                    break
+                parts += letter.parts
+        return parts
+
+    def _sent(self, num_bytes: int) -> None:
+        """So many bytes of what comes next have left."""
+        while self._letters and num_bytes >= self._letters[0].left:
+            letter = self._letters.popleft()
+            num_bytes -= letter.left
             self._at = 0
-            self._letters.popleft().on_sent()
+            letter.on_sent()
+        if num_bytes:
+            self._letters[0].left -= num_bytes
+            self._skip(self._letters[0].parts, num_bytes)
 
     def _skip(self, parts: Frames, sent: int) -> None:
         while sent >= len(parts[self._at]):
@@ -252,6 +283,10 @@ class Outlet:
             self._at += 1
         if sent:
             parts[self._at] = memoryview(parts[self._at])[sent:]
+
+    @property
+    def _blocked(self) -> bool:
+        return self._events == _OUT
 
     def _wait(self, events: int) -> None:
         if events != self._events and self._sock is not None:

@@ -57,6 +57,11 @@ class Outlets:
         for outlet in list(self._outlets.values()):
             outlet.tick(now)
 
+    def flush(self, now: float) -> None:
+        """At the end of a turn: what was to leave together does."""
+        for outlet in list(self._outlets.values()):
+            outlet.flush(now)
+
     def release(self, key: Key) -> None:
         for outlet in self._outlets.values():
             outlet.release(key)

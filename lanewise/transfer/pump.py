@@ -56,8 +56,9 @@ class Pump:
             def ready() -> bool:
                 """References leave at once, however many: beyond a window of bytes that are not acknowledged the next
                 chunk waits, so that a short prompt need not stand behind long ones."""
-                most = self._host.limits.window_bytes
-                return outlet.idle and not (refer and self._host.core.unacked_bytes(address) >= most)
+                if not refer:
+                    return outlet.idle
+                return outlet.takes_more and self._host.core.unacked_bytes(address) < self._host.limits.window_bytes
 
             self._by(ready, partial(ways.by_outlet, outlet), address, now, in_place=True, refer=refer)
             return False

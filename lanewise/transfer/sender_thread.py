@@ -168,6 +168,8 @@ class SenderThread(SocketThread):
         for connection in list(self._connections.values()):
             self._flush(connection)
             self._watch(connection, blocked=self._pump.turn(connection, now))
+        if self._ways.outlets:
+            self._ways.outlets.flush(now)
 
     # --- actions
 

@@ -136,7 +136,7 @@ class Ways:
         letter = Letter(load.key, [head, *parts], len(head) + num_bytes, load.in_place and bool(parts))
         if load.buffer is not None:
             letter.on_sent = partial(self._buffers.give_back, load.buffer)
-        return outlet.send(letter, now)
+        return outlet.send(letter, now, later=bool(load.runs))
 
     def commit(self, address: str, key: Key, header: bytes | memoryview, now: float) -> bool:
         """COMMIT behind the chunks that it is about; False: they do not go by a connection that keeps the order."""
@@ -144,7 +144,7 @@ class Ways:
         if outlet is None:
             return False
         head = direct.lengths(len(header), 0) + header
-        return outlet.send(Letter(key, [head], len(head)), now)
+        return outlet.send(Letter(key, [head], len(head)), now, later=True)
 
     def by_socket(self, sock: zmq.Socket[bytes], frames: Frames, load: Load, _now: float) -> bool:
         try:

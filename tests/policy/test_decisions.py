@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import combinations
 
 from hypothesis import given, settings
@@ -81,18 +82,50 @@ def test_closed_loops_hold_no_surprises() -> None:
     seen = Surprises()
     for i in range(12):
         seen.arrival(i * 0.05 - 0.005, 0.048)
-        seen.began(i * 0.05)
+        seen.began(i * 0.05, 0.04)
         seen.ended(i * 0.05 + 0.04)
     assert seen.share < FEW_SURPRISES, "the worker was idle when they came"
-    for i in range(200):
-        seen.began(10 + i * 0.05)
-        seen.arrival(10 + i * 0.05 + 0.001, 0.048)
+    _come(seen, 10, 0.001)
     assert seen.share < 0.01, "they came with the first of a batch"
     for i in range(200):
-        seen.began(20 + i * 0.05)
+        seen.began(20 + i * 0.05, 0.05)
         seen.ended(20 + i * 0.05 + 0.05)
         seen.arrival(20 + i * 0.05 + 0.03, 0.048)
     assert seen.share > 0.9, "told of when the batch that kept them waiting was over"
+
+
+def _come(seen: Surprises, start: float, *delays: float, batch_s: float = 0.05) -> None:
+    """Two hundred batches, of each some requests that came so long after it began."""
+    for i in range(200):
+        seen.began(start + i * 0.2, batch_s)
+        for delay in delays:
+            seen.arrival(start + i * 0.2 + delay, 0.048)
+
+
+def test_a_loop_stays_closed_though_its_answers_take_a_while_to_come_back() -> None:
+    seen = Surprises()
+    _come(seen, 0.0, 0.005, 0.012, 0.02, batch_s=0.1)
+    assert seen.closed, "soon, by the length of the batch"
+    _come(seen, 100.0, 0.005, 0.008, 0.012, 0.02, batch_s=0.02)
+    assert seen.closed, "half of them late: no clear evidence"
+    _come(seen, 200.0, 0.012, 0.025, 0.04)
+    assert not seen.closed
+    _come(seen, 300.0, 0.005, 0.008, 0.02)
+    assert not seen.closed, "a third still late: no clear evidence either"
+    _come(seen, 400.0, 0.001, 0.004)
+    assert seen.closed
+
+
+def test_open_arrivals_are_told_within_two_seconds_of_load() -> None:
+    dice, seen, now = random.Random(3), Surprises(), 0.0
+    for batches in range(60):  # noqa: B007 (used below)
+        seen.began(now, 0.05)
+        for delay in sorted(dice.uniform(0, 0.05) for _ in range(2)):
+            seen.arrival(now + delay, 0.048)
+        if not seen.closed:
+            break
+        now += 0.05
+    assert batches < 40
 
 
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), max_size=6))
