@@ -7,7 +7,7 @@ Must not: hold a policy or a definition; `lanewise.policy` and `lanewise.bench` 
 
 All services are up at once and idle but for the one that is asked, and each run of a load goes over all policies before
 the next, in closed loops in slices of seconds: what disturbs the machine for a while disturbs all of them. Medians over
-the runs; of closed loops, of what each run says of two policies.
+the runs; of closed loops, whose services are started anew for each run, of what each run says of two policies.
 """
 
 from __future__ import annotations
@@ -108,44 +108,44 @@ def _rate(slices: Sequence[Sequence[Sample]]) -> float:
     return sum(map(len, slices)) / sum(taken)
 
 
-def medians(by_policy: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+def medians(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """policy -> medians over the runs."""
     return {
-        policy: {name: median(figures[name] for figures in runs) for name in runs[0]}
-        for policy, runs in by_policy.items()
+        policy: {name: median(run[policy][name] for run in runs) for name in figures}
+        for policy, figures in runs[0].items()
     }
 
 
-def start(stack: ExitStack) -> dict[str, Service]:
-    """One service per policy. Services share the machine's cores; only one is asked at a time."""
+def start(stack: ExitStack, policies: Sequence[str]) -> dict[str, Service]:
+    """One service per policy, warm. Services share the machine's cores; only one is asked at a time."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     services = {}
-    for policy in POLICIES:
+    for policy in policies:
         roles = {role: {"replicas": 1, "kvCacheMemory": "256Mi"} for role in ("prefill", "decode")}
         file = service_file(folder / policy, disaggregation="Always", **roles)
         env = {"LANEWISE_BATCH_POLICY": policy}
         services[policy] = stack.enter_context(running(folder / policy / "state", file, env=env, ready=False))
     for service in services.values():  # they load side by side
         until(lambda service=service: service.record.get("ready", False), READY_S, service.read_log)  # type: ignore[misc]
+    for policy, service in services.items():
+        warm = synthetic(10, None, Lengths.parse(PROMPTS), Lengths.parse("4"), 99)
+        asyncio.run(run(f"grpc://{service.grpc}", Load(policy, clients=4), warm, 10**6))
     return services
 
 
 def compare(
-    services: dict[str, Service], load: Load, slices: Sequence[Sequence[Ask]], runs: int, figures: Figures
-) -> dict[str, list[dict[str, float]]]:
-    """policy -> figures of each run."""
-    collected: dict[str, list[dict[str, float]]] = {policy: [] for policy in services}
-    for number in range(runs):
-        shuffled = random.Random(number)
-        # Prompts no run before had, whatever the part: caches stay cold.
-        seed = zlib.crc32(f"{figures.__name__} {load.name} {number}".encode())
-        samples: dict[str, list[Sequence[Sample]]] = {policy: [] for policy in services}
-        for asks in slices:
-            for policy in shuffled.sample(list(services), len(services)):
-                samples[policy].append(asyncio.run(run(f"grpc://{services[policy].grpc}", load, asks, seed)))
-        for policy, parts in samples.items():
-            collected[policy].append(figures(parts))
-        print(f"{load.name}: run {number + 1} of {runs} after {time.monotonic() - STARTED:.0f} s", flush=True)
-    return collected
+    services: dict[str, Service], load: Load, slices: Sequence[Sequence[Ask]], number: int, figures: Figures
+) -> dict[str, dict[str, float]]:
+    """policy -> figures of one run."""
+    shuffled = random.Random(number)
+    # Prompts no run before had, whatever the part: caches stay cold.
+    seed = zlib.crc32(f"{figures.__name__} {load.name} {number}".encode())
+    samples: dict[str, list[Sequence[Sample]]] = {policy: [] for policy in services}
+    for asks in slices:
+        for policy in shuffled.sample(list(services), len(services)):
+            samples[policy].append(asyncio.run(run(f"grpc://{services[policy].grpc}", load, asks, seed)))
+    print(f"{load.name}: run {number + 1} after {time.monotonic() - STARTED:.0f} s", flush=True)
+    return {policy: figures(parts) for policy, parts in samples.items()}
 
 
 def mixed(services: dict[str, Service], runs: int, requests: int) -> tuple[dict[str, Any], bool]:
@@ -155,7 +155,7 @@ def mixed(services: dict[str, Service], runs: int, requests: int) -> tuple[dict[
     found: dict[str, Any] = {}
 
     def add(load: Load, asks: Sequence[Ask]) -> None:
-        found[load.name] = medians(compare(services, load, [asks], runs, mixed_figures))
+        found[load.name] = medians([compare(services, load, [asks], number, mixed_figures) for number in range(runs)])
         columns = ("rate", "short_ttft_p50", "short_ttft_p99", "long_ttft_p50", "long_ttft_p99")
         show(f"mixed, {load.name}: requests/s, ms", found[load.name], (*columns, "short_itl_p50", "short_itl_p99"))
 
@@ -170,21 +170,26 @@ def mixed(services: dict[str, Service], runs: int, requests: int) -> tuple[dict[
     return found, share <= 0.5 and spread <= 3
 
 
-def closed(services: dict[str, Service], runs: int, levels: Sequence[int]) -> tuple[dict[str, Any], bool]:
-    """Closed loops on lmsys lengths: never slower than the better of the plain queues."""
+def closed(runs: int, levels: Sequence[int]) -> tuple[dict[str, Any], bool]:
+    """Closed loops on lmsys lengths: never slower than the better of the plain queues. Services are started anew for
+    each run: where its memory came to lie makes a process 5 to 10 % faster or slower for as long as it lives."""
     lengths = [min(r.prompt_tokens, LONGEST) for r in read_trace(DATA / "lmsys10k_lengths.csv.gz").requests]
-    chosen = {policy: services[policy] for policy in ("lanewise", *PLAIN)}
-    found, reached = {}, True
-    for clients in levels:
-        load = Load(f"{clients} clients", clients=clients)
-        by_policy = compare(chosen, load, _slices(lengths, clients), runs, _closed_figures)
-        found[load.name] = medians(by_policy)
-        rate = min(_beside(by_policy, plain, "rate") for plain in PLAIN)
-        wait = min(1 / _beside(by_policy, plain, "ttft_p50") for plain in PLAIN)
+    loads = [Load(f"{clients} clients", clients=clients) for clients in levels]
+    results: dict[str, list[dict[str, dict[str, float]]]] = {load.name: [] for load in loads}
+    for number in range(runs):
+        with ExitStack() as stack:
+            services = start(stack, ("lanewise", *PLAIN))
+            for load in loads:
+                slices = _slices(lengths, load.clients)
+                results[load.name].append(compare(services, load, slices, number, _closed_figures))
+    reached = True
+    for name, by_run in results.items():
+        rate = min(_beside(by_run, plain, "rate") for plain in PLAIN)
+        wait = min(1 / _beside(by_run, plain, "ttft_p50") for plain in PLAIN)
         reached = reached and rate >= 0.95 and wait >= 0.95
-        show(f"lmsys lengths, {load.name}: requests/s, median TTFT ms", found[load.name], ("rate", "ttft_p50"))
-        print(f"{load.name}: throughput {rate:.3f} of the better plain queue, median TTFT {wait:.3f} (at least 0.95)")
-    return found, reached
+        show(f"lmsys lengths, {name}: requests/s, median TTFT ms", medians(by_run), ("rate", "ttft_p50"))
+        print(f"{name}: throughput {rate:.3f} of the better plain queue, median TTFT {wait:.3f} (at least 0.95)")
+    return results, reached
 
 
 def _slices(lengths: Sequence[int], clients: int) -> list[list[Ask]]:
@@ -195,10 +200,9 @@ def _slices(lengths: Sequence[int], clients: int) -> list[list[Ask]]:
     return [asks[at : at + size] for at in range(0, len(asks), size)]
 
 
-def _beside(by_policy: dict[str, list[dict[str, float]]], plain: str, name: str) -> float:
+def _beside(runs: Sequence[dict[str, dict[str, float]]], plain: str, name: str) -> float:
     """Median over the runs of ours in parts of a plain queue's."""
-    pairs = zip(by_policy["lanewise"], by_policy[plain], strict=True)
-    return median(ours[name] / theirs[name] for ours, theirs in pairs)
+    return median(run["lanewise"][name] / run[plain][name] for run in runs)
 
 
 def _closed_figures(slices: Sequence[Sequence[Sample]]) -> dict[str, float]:
@@ -266,17 +270,13 @@ def main() -> int:
     parts = options.parts or ["mixed", "closed"]
     results: dict[str, Any] = {}
     reached = []
-    with ExitStack() as stack:
-        services = start(stack)
-        for policy, service in services.items():
-            warm = synthetic(10, None, Lengths.parse(PROMPTS), Lengths.parse("4"), 99)
-            asyncio.run(run(f"grpc://{service.grpc}", Load(policy, clients=4), warm, 10**6))
-        if "mixed" in parts:
-            results["mixed"], good = mixed(services, options.runs, options.requests)
-            reached.append(good)
-        if "closed" in parts:
-            results["closed"], good = closed(services, max(options.runs, 5), options.clients)
-            reached.append(good)
+    if "mixed" in parts:
+        with ExitStack() as stack:
+            results["mixed"], good = mixed(start(stack, POLICIES), options.runs, options.requests)
+        reached.append(good)
+    if "closed" in parts:
+        results["closed"], good = closed(max(options.runs, 5), options.clients)
+        reached.append(good)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot and "mixed" in results:

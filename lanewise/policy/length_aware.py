@@ -17,7 +17,7 @@ from lanewise.policy.composition import MOST_GROWTH, Batch
 from lanewise.policy.cost import CostModel
 from lanewise.policy.feasible import Due, keep_most, shortest_safe_first
 from lanewise.policy.sizing import QUANTUM, Sizes, Waiting
-from lanewise.policy.window import ArrivalRate, Surprises, hold_until
+from lanewise.policy.window import ArrivalRate, Loop, Surprises, hold_until
 
 DEFAULT_TARGET_S = 0.4
 CAUTION = 1.5  # a request is overtaken only while its slack is this many times the work that overtakes it
@@ -27,6 +27,7 @@ SENIORITY = 5.0  # targets: a late request with e times the work of another rank
 OLD_TARGETS = 7.0  # a late request is old after this many targets ...
 OLD_PILES = 4.0  # ... and this many times the late work that waits: an old one among little work is due a share,
 OLD_SHARE = 0.3  # of every batch; old ones among much work are served in turn anyway
+LONG = 0.5  # of a usual batch under load: an answer to the one before is back as a request by then
 TINY_S = 1e-9
 
 
@@ -48,6 +49,7 @@ class LengthAware(BatchPolicy):
         self._count = 0
         self._rate = ArrivalRate()
         self._surprises = Surprises()
+        self._loop = Loop()
         self._target_s = DEFAULT_TARGET_S
         self._sizes = Sizes(cost, self._target_s, max_batch_tokens)
 
@@ -64,6 +66,13 @@ class LengthAware(BatchPolicy):
 
     def observe(self, plan: BatchPlan, now: float, duration_s: float) -> None:
         self._surprises.ended(now)
+        self._loop.ended(duration_s > LONG * QUANTUM * self._target_s)
+
+    def progress(self, key: Hashable, tokens: int) -> None:
+        before = len(self.jobs)
+        super().progress(key, tokens)
+        if len(self.jobs) < before:
+            self._loop.answered()
 
     def _enqueue(self, job: Job) -> None:
         self._hopeful[job.key] = Due(job.key, self._seconds(job), job.ttft_deadline_s, job.arrival_s)
@@ -104,6 +113,7 @@ class LengthAware(BatchPolicy):
     # -- the decision
 
     def next_batch(self, now: float) -> BatchPlan:
+        self._loop.next_begins(len(self.jobs))
         if not self.jobs:
             return BatchPlan()
         if not self._sizes.still_fit(self.cost, self._target_s, self.max_batch_tokens):
@@ -122,7 +132,7 @@ class LengthAware(BatchPolicy):
         held = None if self._late or given_up else self._hold(kept, batch, now)
         if held is not None:
             return BatchPlan(wait_until_s=held)
-        self._surprises.began(now, batch.seconds)
+        self._surprises.began(now)
         return BatchPlan(tuple(batch.chunks))
 
     def _fill(self, batch: Batch, on_time: Sequence[Due], given_up: Sequence[Due], now: float) -> None:
@@ -150,8 +160,8 @@ class LengthAware(BatchPolicy):
         return (1 + URGENCY * exp(-slack / (URGENT * self._target_s))) / max(due.seconds, TINY_S)
 
     def _waiting(self, kept: list[Due], now: float) -> Waiting:
-        late_s, rate, surprises = self._late_seconds, self._rate.at(now), self._surprises
-        return Waiting(kept, late_s, len(self.jobs), rate, surprises.share, surprises.closed)
+        rate, surprises, closed = self._rate.at(now), self._surprises.share, self._loop.closed
+        return Waiting(kept, self._late_seconds, len(self.jobs), rate, surprises, closed)
 
     def _give_up_late(self, now: float) -> None:
         """Who could not be on time even alone is late from now on."""

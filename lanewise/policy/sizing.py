@@ -19,11 +19,12 @@ from math import inf
 
 from lanewise.policy.cost import CostModel
 from lanewise.policy.feasible import Due
+from lanewise.policy.window import FEW_SURPRISES
 
 QUANTUM = 0.12  # of the TTFT target one batch may last: a newcomer loses at most this much to the batch before it
 BUSY_QUANTUM = 0.21  # the same once late work has piled up: larger batches waste less, and those who wait profit
 ECHO_QUANTUM = 0.31  # the same when requests come only in answer to batches (closed loops): nobody to be blocked,
-ECHO_WORK = 20.0  # ... but not longer than this many times what a batch takes anyway: the rest saves next to nothing,
+ECHO_WORK = 10.0  # ... but not longer than this many times what a batch takes anyway: the rest saves next to nothing,
 # and those who are answered early ask again meanwhile, so that router and network work beside the next batch;
 ECHO_ALL = 8  # with no more requests than this everything goes into one batch
 PILE = 6.0  # targets' worth of late work at which the quantum has grown to BUSY_QUANTUM
@@ -44,7 +45,7 @@ class Waiting:
     requests: int  # all of them
     arrivals_per_s: float
     surprises: float  # share of the arrivals that came at any time, rather than in answer to a batch
-    closed: bool  # a closed loop: all come in answer to batches
+    closed: bool  # a closed loop: nobody else will come
 
 
 class Sizes:
@@ -69,8 +70,11 @@ class Sizes:
 
     def budget(self, waiting: Waiting, now: float) -> int:
         """New tokens of the next batch."""
-        if waiting.closed:
-            return self._echo if waiting.requests > ECHO_ALL else self._most
+        echoes = waiting.surprises < FEW_SURPRISES
+        if (echoes or waiting.closed) and waiting.requests <= ECHO_ALL:
+            return self._most
+        if echoes:
+            return self._echo
         pile = min(waiting.late_s / (PILE * self._target_s), 1.0)
         base = self._small + int((self.large - self._small) * pile)
         return min(max(self._for_crowd(base, waiting), self._for_cornered(waiting.on_time, now)), self._most)

@@ -1,16 +1,18 @@
-"""The waiting window: whether to hold a thin batch for requests that are expected any moment.
+"""What a worker can tell of its arrivals, and whether to hold a thin batch for those that are expected any moment.
 
-Owns: the arrival-rate estimate and the hold decision. Must not: hold when other work could use the time.
+Owns: the arrival-rate estimate, how a closed loop is told from open arrivals, and the hold decision.
+Must not: hold when other work could use the time.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from math import exp, inf
 
-ECHO = 0.2  # of a usual batch: an arrival this soon after one began is an answer to the one before,
-LONG_ECHO = 0.3  # ... or this soon after a longer one began: answers take a while to come back as requests
-FEW_SURPRISES, MANY_SURPRISES = 0.1, 0.6
-SURPRISE_MEMORY, ENOUGH = 32, 12  # arrivals
+ECHO = 0.2  # of a usual batch: an arrival this soon after one began is an answer to the one before
+FEW_SURPRISES = 0.1
+SURPRISE_MEMORY = 32  # arrivals
+LOOP_BATCHES, LOOP_FULL = 16, 12
 MEMORY_S = 10.0  # time constant of the rate: forgets a burst in seconds, in both directions
 
 
@@ -33,24 +35,18 @@ class ArrivalRate:
 class Surprises:
     """Share of recent arrivals that a batch kept waiting, of those that did not find the worker idle.
 
-    In a closed loop every request answers the end of a batch: it comes to an idle worker or soon after the next batch
+    In a closed loop every request answers the end of a batch: it comes to an idle worker or just after the next batch
     began, and no batch, however long, keeps it waiting. Open arrivals come at any time, and the size of a batch is what
     they wait for. None so far: none are expected.
     """
 
     def __init__(self) -> None:
         self.share = 0.0
-        self.closed = True
-        """Whether requests come in answer to batches. Each state confirms itself: small batches are over before the
-        answers to the last one are back, which then look like surprises. So it changes on clear evidence only."""
-        self._of_long = 0.0  # the share, of long batches judged by their own length
         self._seen = 1
         self._began_s, self._ended_s = inf, -inf
-        self._batch_s = 0.0
 
-    def began(self, now: float, batch_s: float) -> None:
-        """A batch that should take so long."""
-        self._began_s, self._ended_s, self._batch_s = now, inf, batch_s
+    def began(self, now: float) -> None:
+        self._began_s, self._ended_s = now, inf
 
     def ended(self, now: float) -> None:
         self._ended_s = now
@@ -59,14 +55,43 @@ class Surprises:
         """A request came at `now`; it may be told of when the batch that ran then is over."""
         if not self._began_s <= now < self._ended_s:
             return
-        waited_s, usual_s = now - self._began_s, ECHO * quantum_s
+        surprise = now - self._began_s > ECHO * quantum_s
         self._seen = min(self._seen + 1, SURPRISE_MEMORY)
-        self.share += ((waited_s > usual_s) - self.share) / self._seen
-        self._of_long += ((waited_s > max(usual_s, LONG_ECHO * self._batch_s)) - self._of_long) / self._seen
-        if self._of_long < FEW_SURPRISES:
-            self.closed = True
-        elif self._of_long > MANY_SURPRISES and self._seen > ENOUGH:
-            self.closed = False
+        self.share += (surprise - self.share) / self._seen
+
+
+class Loop:
+    """Whether all requests come from users who wait for their answer before they ask again.
+
+    Then all of them are here whenever a batch ends that took longer than an answer takes to come back as a request, and
+    never more: of the last LOOP_BATCHES long batches that answered somebody, LOOP_FULL and more ended with the same
+    number of requests, which is the highest. Open arrivals leave another number each time. When in a batch they come
+    does not tell: where the way back takes as long as a usual batch, answers come at any time.
+    """
+
+    def __init__(self) -> None:
+        self._counts: deque[int] = deque(maxlen=LOOP_BATCHES)
+        self._answered = -1  # since a long batch ended; -1: the last one was none
+
+    def ended(self, long: bool) -> None:
+        """A batch; `long`: as a usual one may be under load, or longer."""
+        self._answered = 0 if long else -1
+
+    def answered(self) -> None:
+        """A request of the batch that ended is done."""
+        if self._answered >= 0:
+            self._answered += 1
+
+    def next_begins(self, waiting: int) -> None:
+        """All who came before are known now."""
+        if self._answered > 0:  # one that answers nobody leaves the number as it was, whoever comes
+            self._counts.append(self._answered + waiting)
+        self._answered = -1
+
+    @property
+    def closed(self) -> bool:
+        most = max(self._counts, default=0)
+        return most > 1 and self._counts.count(most) >= LOOP_FULL
 
 
 def hold_until(

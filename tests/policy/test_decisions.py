@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from itertools import combinations
 
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from lanewise.policy.admission import OutputLengths, admit, peak_tokens
 from lanewise.policy.feasible import Due, keep_most, shortest_safe_first
 from lanewise.policy.lanes import COOLDOWN_S, LaneController, propose_move, published_move
 from lanewise.policy.profile import make_profile
-from lanewise.policy.window import FEW_SURPRISES, ArrivalRate, Surprises, hold_until
+from lanewise.policy.window import FEW_SURPRISES, ArrivalRate, Loop, Surprises, hold_until
 
 COST = make_profile("qwen2.5-32b", "h200", 1).cost.to_mapping()
 
@@ -82,50 +83,58 @@ def test_closed_loops_hold_no_surprises() -> None:
     seen = Surprises()
     for i in range(12):
         seen.arrival(i * 0.05 - 0.005, 0.048)
-        seen.began(i * 0.05, 0.04)
+        seen.began(i * 0.05)
         seen.ended(i * 0.05 + 0.04)
     assert seen.share < FEW_SURPRISES, "the worker was idle when they came"
-    _come(seen, 10, 0.001)
+    for i in range(200):
+        seen.began(10 + i * 0.05)
+        seen.arrival(10 + i * 0.05 + 0.001, 0.048)
     assert seen.share < 0.01, "they came with the first of a batch"
     for i in range(200):
-        seen.began(20 + i * 0.05, 0.05)
+        seen.began(20 + i * 0.05)
         seen.ended(20 + i * 0.05 + 0.05)
         seen.arrival(20 + i * 0.05 + 0.03, 0.048)
     assert seen.share > 0.9, "told of when the batch that kept them waiting was over"
 
 
-def _come(seen: Surprises, start: float, *delays: float, batch_s: float = 0.05) -> None:
-    """Two hundred batches, of each some requests that came so long after it began."""
-    for i in range(200):
-        seen.began(start + i * 0.2, batch_s)
-        for delay in delays:
-            seen.arrival(start + i * 0.2 + delay, 0.048)
+def _loop(counts: Iterable[int], seen: Loop, *, waiting: int = 1) -> bool:
+    """Long batches that end with so many requests, of which `waiting` are not answered."""
+    for count in counts:
+        seen.ended(long=True)
+        for _ in range(count - waiting):
+            seen.answered()
+        seen.next_begins(waiting)
+        seen.next_begins(waiting)  # asked again: nothing new
+    return seen.closed
 
 
-def test_a_loop_stays_closed_though_its_answers_take_a_while_to_come_back() -> None:
-    seen = Surprises()
-    _come(seen, 0.0, 0.005, 0.012, 0.02, batch_s=0.1)
-    assert seen.closed, "soon, by the length of the batch"
-    _come(seen, 100.0, 0.005, 0.008, 0.012, 0.02, batch_s=0.02)
-    assert seen.closed, "half of them late: no clear evidence"
-    _come(seen, 200.0, 0.012, 0.025, 0.04)
-    assert not seen.closed
-    _come(seen, 300.0, 0.005, 0.008, 0.02)
-    assert not seen.closed, "a third still late: no clear evidence either"
-    _come(seen, 400.0, 0.001, 0.004)
-    assert seen.closed
+def test_users_who_wait_for_their_answers_are_told_by_their_number() -> None:
+    dice, seen = random.Random(1), Loop()
+    assert not _loop([8] * 11, seen), "too few to tell"
+    assert _loop([7, 8, 8], seen)
+    assert not _loop([9], seen), "one more than all"
+    assert _loop([9] * 12, seen), "who stayed"
+    seen.ended(long=False)
+    seen.answered()
+    seen.next_begins(3)
+    assert seen.closed, "after a short batch some are still on their way"
+    assert not _loop([1] * 40, Loop(), waiting=0), "of one alone there is nothing to tell"
+    assert not _loop([5] * 40, Loop(), waiting=5), "long prompts under way, nobody comes or goes"
+    for rate in (0.1, 0.5, 1.0, 3.0, 20.0):
+        seen = Loop()
+        told = [_loop([1 + _poisson(dice, rate)], seen, waiting=0) for _ in range(2000)]
+        assert sum(told) < 0.01 * len(told), rate
+    seen, queue = Loop(), 50
+    for _ in range(2000):  # a backlog
+        queue = max(4, queue + _poisson(dice, 3.0) - 3)
+        assert not _loop([queue], seen, waiting=max(queue - 3, 0))
 
 
-def test_open_arrivals_are_told_within_two_seconds_of_load() -> None:
-    dice, seen, now = random.Random(3), Surprises(), 0.0
-    for batches in range(60):  # noqa: B007 (used below)
-        seen.began(now, 0.05)
-        for delay in sorted(dice.uniform(0, 0.05) for _ in range(2)):
-            seen.arrival(now + delay, 0.048)
-        if not seen.closed:
-            break
-        now += 0.05
-    assert batches < 40
+def _poisson(dice: random.Random, mean: float) -> int:
+    count, left = 0, dice.expovariate(1.0)
+    while left < mean:
+        count, left = count + 1, left + dice.expovariate(1.0)
+    return count
 
 
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), max_size=6))
