@@ -10,10 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol
 
 import zmq
@@ -22,6 +18,7 @@ from lanewise.transfer import direct, ipc_link, neighbour
 from lanewise.transfer import messages as m
 from lanewise.transfer.faults import Frames
 from lanewise.transfer.ipc_link import Device
+from lanewise.transfer.letters import Letter, Letters
 from lanewise.transfer.records import Key, Limits
 from lanewise.transfer.trial import References, Route, Trial
 
@@ -30,21 +27,8 @@ log = logging.getLogger("lanewise.transfer")
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 TRIAL_AFTER_S = 0.2  # a link that comes up measures its own sockets first
 _NEVER = float("inf")
-_MAX_PARTS = 512  # of one system call; Linux takes 1024
 _MOST_LETTERS = 64  # that wait to leave together
-_ZEROS = memoryview(bytes(1 << 20))
 _IN, _OUT = int(zmq.POLLIN), int(zmq.POLLOUT)
-
-
-@dataclass(slots=True)
-class Letter:
-    """A message on its way out: its head, then parts of pages (`lent`) or of the channel's own memory."""
-
-    key: Key
-    parts: Frames
-    left: int  # bytes
-    lent: bool = False
-    on_sent: Callable[[], None] = lambda: None
 
 
 class Owner(direct.Watcher, Protocol):
@@ -91,8 +75,7 @@ class Outlet:
         self._greeted = False
         self._trial: Trial | None = None
         self._events = 0
-        self._letters: deque[Letter] = deque()
-        self._at = 0  # the part of the first letter that goes next
+        self._letters = Letters()
         self._tries = 0
         self._due_at = 0.0  # to be opened, or to be up at last
 
@@ -122,7 +105,7 @@ class Outlet:
             letter.on_sent()
             return False
         if later:
-            self._letters.append(letter)
+            self._letters.add(letter)
             return True
         self._post(letter, now)
         return self.up
@@ -133,18 +116,12 @@ class Outlet:
             self._push(now)
 
     def _post(self, letter: Letter, now: float) -> None:
-        self._letters.append(letter)
+        self._letters.add(letter)
         self.flush(now)
 
     def release(self, key: Key) -> None:
         """From here on no page of this transfer is read."""
-        for index, letter in enumerate(self._letters):
-            if letter.lent and letter.key == key:
-                first = max(1, self._at if index == 0 else 0)  # the head is no page, and says how long the rest is
-                left = sum(map(len, letter.parts[first:]))
-                whole, rest = divmod(left, len(_ZEROS))
-                letter.parts[first:] = [*[_ZEROS] * whole, *([_ZEROS[:rest]] if rest else [])]
-                letter.lent = False
+        self._letters.release(key)
 
     def close(self) -> None:
         self.up = self._greeted = False
@@ -155,9 +132,7 @@ class Outlet:
             self._sock.close()
             self._sock = None
             self._events = 0
-        while self._letters:
-            self._letters.popleft().on_sent()
-        self._at = 0
+        self._letters.clear()
 
     def _open(self, now: float) -> None:
         _, port, _ = self.where
@@ -252,37 +227,7 @@ class Outlet:
     def _write(self) -> None:
         assert self._sock is not None
         while self._letters:
-            parts = self._next_parts()
-            self._sent(self._sock.sendmsg(parts))
-
-    def _next_parts(self) -> Frames:
-        """Of the first letter and of those behind it, as many as one system call takes."""
-        first = self._letters[0]
-        parts = first.parts[self._at : self._at + _MAX_PARTS]
-        if self._at + len(parts) == len(first.parts):
-            for letter in islice(self._letters, 1, None):
-                if len(parts) + len(letter.parts) > _MAX_PARTS:
-                    break
-                parts += letter.parts
-        return parts
-
-    def _sent(self, num_bytes: int) -> None:
-        """So many bytes of what comes next have left."""
-        while self._letters and num_bytes >= self._letters[0].left:
-            letter = self._letters.popleft()
-            num_bytes -= letter.left
-            self._at = 0
-            letter.on_sent()
-        if num_bytes:
-            self._letters[0].left -= num_bytes
-            self._skip(self._letters[0].parts, num_bytes)
-
-    def _skip(self, parts: Frames, sent: int) -> None:
-        while sent >= len(parts[self._at]):
-            sent -= len(parts[self._at])
-            self._at += 1
-        if sent:
-            parts[self._at] = memoryview(parts[self._at])[sent:]
+            self._letters.sent(self._sock.sendmsg(self._letters.next_parts()))
 
     @property
     def _blocked(self) -> bool:

@@ -25,8 +25,9 @@ from lanewise.transfer.faults import Faults, Frames
 from lanewise.transfer.group_port import GroupPort
 from lanewise.transfer.groups import SenderGroups
 from lanewise.transfer.ipc_link import Device
+from lanewise.transfer.letters import Letter
 from lanewise.transfer.neighbour import MAX_RUNS, pack
-from lanewise.transfer.outlet import Letter, Outlet
+from lanewise.transfer.outlet import Outlet
 from lanewise.transfer.outlets import Outlets
 from lanewise.transfer.records import Key, Limits, PageStore
 from lanewise.transfer.send_window import Job
@@ -144,7 +145,8 @@ class Ways:
         if outlet is None:
             return False
         head = direct.lengths(len(header), 0) + header
-        return outlet.send(Letter(key, [head], len(head)), now, later=True)
+        at_once = self._faults.active  # a point that is reached says that it has left
+        return outlet.send(Letter(key, [head], len(head)), now, later=not at_once)
 
     def by_socket(self, sock: zmq.Socket[bytes], frames: Frames, load: Load, _now: float) -> bool:
         try:

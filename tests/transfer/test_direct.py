@@ -67,20 +67,13 @@ class Slow:
         if not self._held:
             self._write()
             return
-        outlet = self._outlet
-        while self._left and outlet._letters:
-            letter = outlet._letters[0]
-            sent = outlet._sock.send(b"".join(letter.parts[outlet._at :])[: self._left])
+        letters = self._outlet._letters
+        while self._left and letters:
+            sent = self._outlet._sock.send(b"".join(letters.next_parts())[: self._left])
             self._left -= sent
-            letter.left -= sent
-            if letter.left:
-                outlet._skip(letter.parts, sent)
-            else:
-                outlet._at = 0
-                outlet._letters.popleft()
-        if not outlet._letters:
-            return
-        raise BlockingIOError
+            letters.sent(sent)
+        if letters:
+            raise BlockingIOError
 
     def let_go(self) -> None:
         self._held = False
@@ -160,7 +153,7 @@ def test_pages_are_not_read_after_the_end_of_a_transfer(net):
     net.eventually(decode.store.pool.any, "the first bytes are in pages")
     prefill.sender.abort(key, "test")
     prefill.log.wait(Aborted, key)
-    left = outlet._letters[0].parts[max(1, outlet._at) :]  # behind the head, and what has not left
+    left = outlet._letters.next_parts()
     memory = prefill.store.pool
     assert left, "the chunk was not held up"
     assert not any(np.shares_memory(np.frombuffer(part, np.uint8), memory) for part in left)
