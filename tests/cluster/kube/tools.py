@@ -60,7 +60,11 @@ def kubectl(kubeconfig: Path, *args: str, stdin: str = "", deadline_s: float = C
 
 
 def wait_for(probe: Callable[[], T | None], what: str, deadline_s: float = 60.0, poll_s: float = POLL_S) -> T:
-    """The first true answer of `probe`; CommandFailed and AssertionError count as no answer. Raises TimedOut."""
+    """The first true answer of `probe`. Raises TimedOut with the last answer.
+
+    CommandFailed and AssertionError count as no answer, and LookupError: a status has no fields until its controller
+    has come by.
+    """
     ends = time.monotonic() + deadline_s
     last: object = None
     while True:
@@ -69,8 +73,8 @@ def wait_for(probe: Callable[[], T | None], what: str, deadline_s: float = 60.0,
             if answer:
                 return answer
             last = answer
-        except (CommandFailed, AssertionError) as error:
+        except (CommandFailed, AssertionError, LookupError) as error:
             last = error
         if time.monotonic() > ends:
-            raise TimedOut(f"waited {deadline_s:.0f} s for {what}; last: {last}")
+            raise TimedOut(f"waited {deadline_s:.0f} s for {what}; last: {last!r}")
         time.sleep(poll_s)
