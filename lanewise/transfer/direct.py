@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-MAX_HEADER_BYTES = 16384
+MAX_HEADER_BYTES = 20480  # with as many references as a message may have
 TOKEN_BYTES = 32
 WELCOME, WELCOME_READS = b"\x01", b"\x02"
 """What a receiver says; the second one when it can read the sender's memory."""

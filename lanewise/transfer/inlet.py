@@ -118,11 +118,12 @@ class Sink:
     def _get(self, fetch: Fetch) -> int:
         """All at once. What is checksummed is what lies here now: the sender's memory may be another's by then."""
         got, self.left = self.left, 0
+        update = self._state.update
         try:
             for step in _in_steps([self.staged] if self.staged is not None else self._parts, got):
                 fetch(step)
                 for part in step if self.staged is None else ():  # what is staged is checked when it is written
-                    self._state.update(part)
+                    update(part)
         except OSError:
             self.failed = True
         return got

@@ -143,7 +143,7 @@ class Inlets:
             return None
         shown = bytearray(ipc_link.CARD_BYTES)
         try:
-            found.read(ipc_link.area(address, len(shown)), [memoryview(shown)])
+            found.read(ipc_link.area(address, len(shown)), [memoryview(shown)], len(shown))
             return Mapped(self._openings, bytes(shown))
         except OSError as error:
             log.warning("the GPU memory of process %d cannot be read here: %s", found.pid, error)

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 MAX_RUNS = 1024
 """Parts that one message may name: they fit its header, and one system call."""
 
-_RUN = np.dtype([("address", "<u8"), ("length", "<u4")])
-RUN_BYTES = _RUN.itemsize
+_RUN = np.dtype("<u8")  # twice: address and length
+RUN_BYTES = 2 * _RUN.itemsize
+_FORM = "runs of 2 x 8 bytes"
 _TOP = 1 << 62  # beyond any address, and what is added to it stays within 64 bits
 _PR_SET_PTRACER = 0x59616D61
 
@@ -40,15 +41,15 @@ class NotRuns(ValueError):
 
 
 def place(kind: str = "") -> bytes:
-    """Equal in processes that may be able to read each other's memory; empty: this one can read no other's. `kind`: of
-    memory, where that is not all the same."""
+    """Equal in processes that may be able to read each other's memory, and name it alike; empty: this one can read no
+    other's. `kind`: of memory, where that is not all the same."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read()
         names = os.readlink("/proc/self/ns/pid")
     except OSError:
         return b""
-    return hashlib.sha256(f"{boot} {names} {os.getuid()}{kind}".encode()).digest()[:16] if _readv else b""
+    return hashlib.sha256(f"{boot} {names} {os.getuid()}{kind} {_FORM}".encode()).digest()[:16] if _readv else b""
 
 
 def is_own(pid: int) -> bool:
@@ -79,20 +80,20 @@ def pack(parts: Sequence[memoryview | bytearray]) -> bytes:
 
 
 def packed(areas: Areas) -> bytes:
-    """Areas of less than 4 GiB each, likewise."""
-    runs = np.empty(len(areas), _RUN)
-    runs["address"], runs["length"] = areas[:, 0], areas[:, 1]
-    return runs.tobytes()
+    """Areas likewise."""
+    return areas.astype(_RUN, copy=False).tobytes()
 
 
 def unpack(data: bytes, max_bytes: int) -> tuple[Areas, int]:
     """The areas and how many bytes they are together; raises NotRuns."""
     if not data or len(data) % RUN_BYTES or len(data) > MAX_RUNS * RUN_BYTES:
         raise NotRuns(f"{len(data)} bytes of references")
-    runs = np.frombuffer(data, _RUN)
-    areas = np.stack([runs["address"].astype(np.uint64), runs["length"].astype(np.uint64)], axis=1)
+    areas = np.frombuffer(data, _RUN).reshape(-1, 2)
+    address, longest = areas.max(axis=0).tolist()
+    if not areas.all() or address > _TOP or longest > max_bytes:  # each length first: the sum of any might not fit
+        raise NotRuns(f"references to no memory, or to more than {max_bytes} bytes")
     total = int(areas[:, 1].sum())
-    if not areas.all() or int(areas[:, 0].max()) > _TOP or total > max_bytes:
+    if total > max_bytes:
         raise NotRuns(f"references to {total} bytes")
     return areas, total
 
@@ -113,13 +114,13 @@ class Neighbour:
         seen = bytearray(len(token))
         neighbour = cls(pid)
         try:
-            neighbour.read(np.array([[address, len(token)]], np.uint64), [memoryview(seen)])
+            neighbour.read(np.array([[address, len(token)]], np.uint64), [memoryview(seen)], len(token))
         except OSError:
             return None
         return neighbour if hmac.compare_digest(seen, token) else None
 
-    def read(self, areas: Areas, into: Sequence[memoryview]) -> None:
-        """Fills `into` with these areas, which have as many bytes together; OSError where not all could be read.
+    def read(self, areas: Areas, into: Sequence[memoryview], num_bytes: int) -> None:
+        """Fills `into` with these areas, of `num_bytes` together both; OSError where not all could be read.
 
         At most MAX_RUNS of each."""
         if _readv is None:
@@ -129,7 +130,7 @@ class Neighbour:
         if got < 0:
             error = ctypes.get_errno()
             raise OSError(error, os.strerror(error))
-        if got != int(areas[:, 1].sum()) or got != int(mine[:, 1].sum()):
+        if got != num_bytes:
             raise OSError(errno.EFAULT, f"{got} bytes could be read of process {self.pid}")
 
 
@@ -147,7 +148,7 @@ class Reading:
         """Fills these parts with what comes next; OSError where it cannot be read."""
         start, stop = self._at, self._at + sum(map(len, into))
         if start == 0 and stop == self._total:
-            self._neighbour.read(self._areas, into)
+            self._neighbour.read(self._areas, into, self._total)
             self._at = stop
             return
         if stop > self._total:
@@ -159,5 +160,5 @@ class Reading:
         skipped = np.uint64(start) - (ends[first] - self._areas[first, 1])
         areas[0, 0] += skipped
         areas[0, 1] -= skipped
-        self._neighbour.read(areas, into)
+        self._neighbour.read(areas, into, stop - start)
         self._at = stop

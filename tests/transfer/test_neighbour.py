@@ -213,7 +213,7 @@ def test_rubbish_for_references_is_counted_and_the_connection_goes_on(net, near)
     token = decode.receiver._thread._inlets.token("x")
     kept, block = bytearray(token), bytearray(os.urandom(4096))
     good = pack([block])
-    rubbish = ((good[:-1], b""), (good + bytes(12), b""), (good, b"x"), (b"\xff" * 12, b""))
+    rubbish = ((good[:-1], b""), (good + bytes(neighbour.RUN_BYTES), b""), (good, b"x"), (b"\xff" * neighbour.RUN_BYTES, b""))
     fine = ((good, b""), (good * neighbour.MAX_RUNS, b""))
 
     def say(sock: socket.socket, runs: bytes, payload: bytes) -> None:
@@ -245,7 +245,7 @@ def test_references_name_what_was_packed(lengths):
     parts = [memoryview(bytearray(os.urandom(length))) for length in lengths]
     areas, total = unpack(pack(parts), 1 << 20)
     into = bytearray(total)
-    Neighbour(os.getpid()).read(areas, [memoryview(into)])
+    Neighbour(os.getpid()).read(areas, [memoryview(into)], total)
     assert bytes(into) == b"".join(parts)
 
 
@@ -271,8 +271,8 @@ def test_memory_that_is_not_there_is_an_error():
     areas = areas.copy()
     areas[0, 0] = 8192  # never mapped
     with pytest.raises(OSError, match="Bad address"):
-        Neighbour(os.getpid()).read(areas, [memoryview(bytearray(total))])
+        Neighbour(os.getpid()).read(areas, [memoryview(bytearray(total))], total)
     short = areas.copy()
     short[0] = neighbour.address_of(memoryview(memory)), 10
     with pytest.raises(OSError, match="10 bytes could be read"):
-        Neighbour(os.getpid()).read(short, [memoryview(bytearray(11))])
+        Neighbour(os.getpid()).read(short, [memoryview(bytearray(11))], 11)
