@@ -213,7 +213,12 @@ def test_rubbish_for_references_is_counted_and_the_connection_goes_on(net, near)
     token = decode.receiver._thread._inlets.token("x")
     kept, block = bytearray(token), bytearray(os.urandom(4096))
     good = pack([block])
-    rubbish = ((good[:-1], b""), (good + bytes(neighbour.RUN_BYTES), b""), (good, b"x"), (b"\xff" * neighbour.RUN_BYTES, b""))
+    rubbish = (
+        (good[:-1], b""),
+        (good + bytes(neighbour.RUN_BYTES), b""),
+        (good, b"x"),
+        (b"\xff" * neighbour.RUN_BYTES, b""),
+    )
     fine = ((good, b""), (good * neighbour.MAX_RUNS, b""))
 
     def say(sock: socket.socket, runs: bytes, payload: bytes) -> None:
