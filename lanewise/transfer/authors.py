@@ -17,8 +17,8 @@ class Authors:
         self._macs = macs
         self._names: dict[bytes, tuple[str, str]] = {}  # of connections, as they have said
 
-    def checked(self, message: m.AnyMessage, routing_id: bytes, *, beside: bool) -> m.AnyMessage:
-        """Refuses a message that names another author than the connection it came by, or came by the wrong kind of it.
+    def check(self, message: m.AnyMessage, routing_id: bytes, *, beside: bool) -> None:
+        """MalformedMessage where it names another author than the connection it came by, or that is of another kind.
 
         `beside`: by the socket for data that is not encrypted. Its connections have no names."""
         data = isinstance(message, _DATA)
@@ -26,13 +26,12 @@ class Authors:
             if data is not beside:
                 raise m.MalformedMessage("a connection of another kind")
             if beside:
-                return message
+                return
         author, channel = self._names.get(routing_id) or self._name(routing_id)
         if channel != ("d" if data else "c") and not self._macs:
             raise m.MalformedMessage("a connection of another kind")
         if author != message.src:
             raise m.MalformedMessage("author and connection differ")
-        return message
 
     def _name(self, routing_id: bytes) -> tuple[str, str]:
         """(incarnation, "c" or "d") that a connection's name says; what is no name fits no message."""

@@ -19,8 +19,9 @@ from lanewise.transfer.neighbour import MAX_RUNS, RUN_BYTES
 from lanewise.transfer.records import MAX_FIELD, MAX_FIELDS, MAX_NAME, MAX_PROMPT_TOKENS, Key
 from lanewise.transfer.word_sum import word_sum
 
-PROTOCOL = 2
-"""Major version: part of HELLO, and of what must be equal. 2: a chunk is of any range of heads, as the digest says."""
+PROTOCOL = 3
+"""Major version: part of HELLO, and of what must be equal. 2: a chunk is of any range of heads, as the digest says.
+3: several messages may come as one of ZeroMQ (bundles.py)."""
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TOKENS = MAX_PROMPT_TOKENS

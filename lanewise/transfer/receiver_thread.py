@@ -18,6 +18,7 @@ from lanewise.errors import ConfigError
 from lanewise.transfer import mac
 from lanewise.transfer import messages as m
 from lanewise.transfer.authors import Authors
+from lanewise.transfer.bundles import EMPTY, apart, receive, send_queued
 from lanewise.transfer.encoding import Encoding
 from lanewise.transfer.faults import Faults, Frames, is_loopback
 from lanewise.transfer.gate import Gate
@@ -37,12 +38,11 @@ from lanewise.transfer.records import (
     ReceiverEvent,
     Timers,
 )
-from lanewise.transfer.zmq_link import SocketThread, log, make_router, receive, send_now
+from lanewise.transfer.zmq_link import SocketThread, log, make_router
 
 _BYTES_PER_TURN = 4 << 20  # then ACKs go out, and commands and timers have their turn
 _MESSAGES_PER_TURN = 64
 _RETRY_S = 0.01
-_EMPTY = memoryview(b"")
 
 
 class ReceiverThread(SocketThread):
@@ -69,7 +69,7 @@ class ReceiverThread(SocketThread):
         self._store = store
         self._on_event = on_event
         self._authors = Authors(security.macs)
-        self._stuck: dict[str, deque[Frames]] = {}  # control messages a sender's connection had no room for
+        self._outboxes: dict[str, deque[Frames]] = {}  # until the end of the turn, or until the connection has room
 
     def bind(self, listen: str, data_listen: str) -> str:
         if self.faults.active and not is_loopback(listen):
@@ -155,7 +155,7 @@ class ReceiverThread(SocketThread):
         return self.core.idle
 
     def next_deadline(self, now: float) -> float:
-        return min(self.core.deadline, now + _RETRY_S) if self._stuck else self.core.deadline
+        return min(self.core.deadline, now + _RETRY_S) if self._outboxes else self.core.deadline
 
     def close_sockets(self) -> None:
         if self._gate:
@@ -169,33 +169,33 @@ class ReceiverThread(SocketThread):
     def on_readable(self, sock: zmq.Socket[bytes], now: float) -> None:
         if self._gate and self._gate.on_readable(sock):
             return
-        taken = 0
-        for _ in range(_MESSAGES_PER_TURN):
+        heard = taken = 0
+        while heard < _MESSAGES_PER_TURN and taken < _BYTES_PER_TURN:
             try:
-                frames = receive(sock)
+                name, *frames = receive(sock)
             except zmq.Again:
                 return
-            payload = frames[2].buffer if len(frames) > 2 else _EMPTY
-            taken += len(payload)
             try:
-                header = frames[1].buffer if len(frames) > 1 else _EMPTY
-                message = self._authors.checked(m.decode(header), frames[0].bytes, beside=sock is self._data)
+                for message, payload in apart(frames):
+                    self._authors.check(message, name.bytes, beside=sock is self._data)
+                    self._hear(message, payload, now)
+                    heard += 1
+                    taken += len(payload)
             except m.MalformedMessage:
                 self.counters.malformed += 1
-                continue
-            if isinstance(message, m.Probe):
-                answer = m.ProbeAck(message.dst, message.src, message.nonce, m.checksum(payload))
-                if message.dst == self.core.incarnation:
-                    self.perform([Send(message.src, answer)])
-                    continue
-            if isinstance(message, m.Chunk) and not self._genuine(message, payload):
-                self.counters.forged += 1  # as if it had never come: an answer could only serve its author
-                continue
-            if isinstance(message, m.Join) and self._groups and message.dst == self.core.incarnation:
-                self._groups.join(message)
-            self.perform(self.core.receive(message, len(payload), now), payload, now)
-            if taken >= _BYTES_PER_TURN:
-                return
+                heard += 1
+
+    def _hear(self, message: m.AnyMessage, payload: memoryview, now: float) -> None:
+        if isinstance(message, m.Probe) and message.dst == self.core.incarnation:
+            answer = m.ProbeAck(message.dst, message.src, message.nonce, m.checksum(payload))
+            self.perform([Send(message.src, answer)])
+            return
+        if isinstance(message, m.Chunk) and not self._genuine(message, payload):
+            self.counters.forged += 1  # as if it had never come: an answer could only serve its author
+            return
+        if isinstance(message, m.Join) and self._groups and message.dst == self.core.incarnation:
+            self._groups.join(message)
+        self.perform(self.core.receive(message, len(payload), now), payload, now)
 
     def _genuine(self, chunk: m.Chunk, payload: memoryview) -> bool:
         return not self._security.macs or mac.genuine(chunk, payload, self.core.mac_key(chunk.key))
@@ -207,12 +207,12 @@ class ReceiverThread(SocketThread):
         self.perform(self.core.acks())
         if self._gate:
             self._gate.tick()
-        for peer in list(self._stuck):
+        for peer in list(self._outboxes):
             self._flush(peer)
 
     # --- actions
 
-    def perform(self, actions: list[Action], payload: memoryview = _EMPTY, now: float = 0.0) -> None:
+    def perform(self, actions: list[Action], payload: memoryview = EMPTY, now: float = 0.0) -> None:
         for action in actions:
             match action:
                 case Send():
@@ -251,11 +251,10 @@ class ReceiverThread(SocketThread):
         self._store.write(write.pages, tokens, layers, heads, payload)
 
     def _send(self, send: Send) -> None:
-        routing_id, message = f"{send.to}/c".encode(), send.message
+        message = send.message
         if isinstance(message, m.HelloAck):
             message = self._with_ports(message)
-        # The name of the connection is not part of the message: faults must not touch it.
-        self.deliver(m.kind(message), [m.encode(message)], lambda out: self._queue(send.to, [routing_id, *out]))
+        self.deliver(m.kind(message), [m.encode(message)], lambda out: self._queue(send.to, out))
 
     def _with_ports(self, ack: m.HelloAck) -> m.HelloAck:
         """Says where data may go, beside the control address."""
@@ -273,25 +272,26 @@ class ReceiverThread(SocketThread):
         return ack
 
     def _queue(self, peer: str, frames: Frames) -> None:
-        queue = self._stuck.setdefault(peer, deque())
-        if len(queue) >= self.limits.queue_messages:
+        outbox = self._outboxes.setdefault(peer, deque())
+        if len(outbox) >= self.limits.queue_messages:
             self.counters.dropped += 1
             return
-        queue.append(frames)
-        self._flush(peer)
+        outbox.append(frames)
+        if self.faults.active:  # a message that is said to have left has
+            self._flush(peer)
 
     def _flush(self, peer: str) -> None:
-        queue = self._stuck[peer]
+        outbox = self._outboxes[peer]
         try:
-            while queue and send_now(self._router, queue[0]):
-                queue.popleft()
+            # The name of the connection is not part of a message: faults must not touch it.
+            send_queued(self._router, outbox, self.most_together, f"{peer}/c".encode())
         except zmq.ZMQError as error:
             if error.errno != errno.EHOSTUNREACH:
                 raise
-            self.counters.dropped += len(queue)  # nobody of this name is connected; the timers see to the rest
-            queue.clear()
-        if not queue:
-            del self._stuck[peer]
+            self.counters.dropped += len(outbox)  # nobody of this name is connected; the timers see to the rest
+            outbox.clear()
+        if not outbox:
+            del self._outboxes[peer]
 
 
 def _next_port(listen: str) -> str:

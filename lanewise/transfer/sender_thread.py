@@ -15,6 +15,7 @@ from msgspec.structs import replace as replace_fields
 from lanewise.errors import ConfigError
 from lanewise.transfer import ipc_link, mac
 from lanewise.transfer import messages as m
+from lanewise.transfer.bundles import apart, receive, send_now, send_queued
 from lanewise.transfer.dealers import Connection, open_connection, open_data, writable
 from lanewise.transfer.faults import Faults, Frames, is_loopback
 from lanewise.transfer.keys import Security
@@ -39,7 +40,7 @@ from lanewise.transfer.records import (
 from lanewise.transfer.sender_core import SenderCore
 from lanewise.transfer.trial import References
 from lanewise.transfer.ways import Ways
-from lanewise.transfer.zmq_link import SocketThread, log, receive, send_now
+from lanewise.transfer.zmq_link import SocketThread, log
 
 
 class SenderThread(SocketThread):
@@ -144,19 +145,21 @@ class SenderThread(SocketThread):
             except zmq.Again:
                 return
             try:
-                message = m.decode(frames[0].bytes)
+                for message, _ in apart(frames):
+                    self._hear(connection, message, now)
             except m.MalformedMessage:
                 self.counters.malformed += 1
-                continue
-            if isinstance(message, m.ProbeAck) and self._ways.outlets:
-                self._ways.outlets.proved(connection.address, message, time.monotonic())
-            if isinstance(message, m.HelloAck):
-                message = self._open_data(connection, message)
-                if self._ways.outlets:
-                    self._ways.outlets.greeted(connection.address, message, now)
-                if self._ways.groups and (join := self._ways.groups.greeted(connection.address, message)):
-                    self._send(Send(connection.address, join), now)
-            self.perform(self.core.receive(connection.address, message, now), now)
+
+    def _hear(self, connection: Connection, message: m.AnyMessage, now: float) -> None:
+        if isinstance(message, m.ProbeAck) and self._ways.outlets:
+            self._ways.outlets.proved(connection.address, message, time.monotonic())
+        if isinstance(message, m.HelloAck):
+            message = self._open_data(connection, message)
+            if self._ways.outlets:
+                self._ways.outlets.greeted(connection.address, message, now)
+            if self._ways.groups and (join := self._ways.groups.greeted(connection.address, message)):
+                self._send(Send(connection.address, join), now)
+        self.perform(self.core.receive(connection.address, message, now), now)
 
     def on_turn(self, now: float) -> None:
         self.perform(self.core.tick(now), now)
@@ -166,8 +169,10 @@ class SenderThread(SocketThread):
         for address, join in self._ways.groups.due(now) if self._ways.groups else ():
             self._send(Send(address, join), now)
         for connection in list(self._connections.values()):
+            self._flush(connection)  # before chunks are read and checksummed: meanwhile the partner grants the next
+            blocked = self._pump.turn(connection, now)
             self._flush(connection)
-            self._watch(connection, blocked=self._pump.turn(connection, now))
+            self._watch(connection, blocked=blocked)
         if self._ways.outlets:
             self._ways.outlets.flush(now)
 
@@ -217,11 +222,11 @@ class SenderThread(SocketThread):
             self.counters.dropped += 1
             return
         connection.outbox.append(frames)
-        self._flush(connection)
+        if self.faults.active:  # a message that is said to have left has
+            self._flush(connection)
 
     def _flush(self, connection: Connection) -> None:
-        while connection.outbox and send_now(connection.control, connection.outbox[0]):
-            connection.outbox.popleft()
+        send_queued(connection.control, connection.outbox, self.most_together)
         for stripe, frames in list(connection.probes.items()):
             if stripe < len(connection.data) and writable(sock := connection.data[stripe]):
                 del connection.probes[stripe]

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from lanewise.policy.blocks import KVLayout
 from lanewise.transfer import direct, neighbour
 from lanewise.transfer.buffers import Buffers
+from lanewise.transfer.bundles import MORE, NOBLOCK
 from lanewise.transfer.encoding import Encoding
 from lanewise.transfer.faults import Faults, Frames
 from lanewise.transfer.group_port import GroupPort
@@ -32,7 +33,7 @@ from lanewise.transfer.outlets import Outlets
 from lanewise.transfer.records import Key, Limits, PageStore
 from lanewise.transfer.send_window import Job
 from lanewise.transfer.word_sum import packed
-from lanewise.transfer.zmq_link import MORE, NOBLOCK, log
+from lanewise.transfer.zmq_link import log
 
 Bytes = NDArray[np.uint8]
 

@@ -20,16 +20,14 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
+from lanewise.transfer.bundles import MOST
 from lanewise.transfer.faults import Faults, Frames
 from lanewise.transfer.messages import MAX_HEADER_BYTES
 from lanewise.transfer.records import Counters, Limits
 
 log = logging.getLogger("lanewise.transfer")
 
-NOBLOCK = int(zmq.NOBLOCK)  # numbers: combining and looking up the enums costs more than a send
-MORE = int(zmq.SNDMORE) | NOBLOCK
 _POLLIN = int(zmq.POLLIN)
-_KEPT_FRAMES = 3
 _MAX_POLL_S = 1.0
 
 
@@ -112,6 +110,11 @@ class SocketThread(ABC):
 
         self.command(begin_close)
         self._thread.join(timeout + 5.0)
+
+    @property
+    def most_together(self) -> int:
+        """Messages of one ZeroMQ message. With faults one: what is lost or damaged takes no other with it."""
+        return 1 if self.faults.active else MOST
 
     @property
     def closing(self) -> bool:
@@ -234,25 +237,3 @@ class SocketThread(ABC):
 def _milliseconds(seconds: float) -> int:
     """Rounded up: rounding down would spin until the deadline."""
     return int(seconds * 1000) + (seconds > 0)
-
-
-def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
-    """The next message, its first three frames; raises Again where there is none. Frames beyond are thrown away."""
-    frame = sock.recv(NOBLOCK, copy=False)
-    frames = [frame]
-    while frame.more:
-        frame = sock.recv(copy=False)
-        if len(frames) < _KEPT_FRAMES:
-            frames.append(frame)
-    return frames
-
-
-def send_now(sock: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) -> bool:
-    """Without waiting; False: no room now."""
-    try:
-        for frame in frames[:-1]:
-            sock.send(frame, MORE)
-        sock.send(frames[-1], NOBLOCK)  # there is room for the rest of a message that has begun
-    except zmq.Again:
-        return False
-    return True

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lanewise.policy.blocks import KVLayout
-from lanewise.transfer import Aborted, Committed, Delivered, Faults, Limits, compat, neighbour
+from lanewise.transfer import Aborted, Committed, Delivered, Faults, Limits, compat, messages, neighbour
 from lanewise.transfer.chunks import Cutter, Slice, covers, digest
 from lanewise.transfer.encoding import ENCODINGS, Encoding, wire_layout
 from lanewise.transfer.sender_state import SenderTransfer
@@ -284,4 +284,4 @@ def test_heads_beyond_the_layout_end_the_transfer_on_both_sides(net, monkeypatch
 def test_a_side_that_knows_all_heads_only_is_refused_by_name(net):
     end = net.endpoint()
     older = msgspec.structs.replace(compat.hello(end, "d"), protocol=1)
-    assert compat.differences(end, older) == "protocol: 2 here, 1 there"
+    assert compat.differences(end, older) == f"protocol: {messages.PROTOCOL} here, 1 there"
