@@ -110,28 +110,36 @@ def test_more_load_never_needs_less(load: Demand, factor: float, rules: Rules) -
 )
 @example(11.0, 1000.0, 100.0, (3, 1), ([8.0] * 2 + [0.0] * 6, [0.0] * 8))  # each count says that the other is right
 @example(5.0, 6369.0, 557.0, (1, 7), ([0.0] * 6 + [4.55, 0.31], [0.0] * 8))  # eight say that seven would do, for ever
-@example(  # two is tried for itself, and three
-    2.0,
-    5534.58,
-    140.134,
-    (4, 4),
-    ([2.28, 3.25, 5.01, 0.0, 0.0, 0.5, 3.35, 6.82], [1.0, 3.0, 0.0, 1.21, 0.03, 6.62, 0.0, 3.1]),
-)
 @settings(deadline=None, max_examples=12, phases=PHASES, derandomize=True)  # so rare a course must not judge a merge
 def test_constant_load_settles(
     rate: float, prompt: float, output: float, counts: tuple[int, int], wrong: tuple[list[float], list[float]]
 ) -> None:
-    """However wrong the formulas are about late requests, what is learned does not move counts for ever: each count
-    that turned out to be wrong is tried again after twice the time, there and back."""
+    """However wrong the formulas are about late requests, what is learned does not move counts for ever."""
     _settles(rate, prompt, output, counts, wrong)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="known: (5, 2) and (4, 1) each say that the other is right, once an hour for ever"
+@pytest.mark.xfail(strict=True, reason="known: see docs/scaling.md, where it falls short")
+@pytest.mark.parametrize(
+    ("load", "counts", "wrong"),
+    [
+        pytest.param(
+            (1.5, 6885.19, 152.761),
+            (1, 1),
+            ([1.44, 1.04, 0.0, 1.2, 0.04, 2.78, 3.21, 4.92], [4.53, 1.19, 3.68, 1.0, 0.0, 0.23, 2.78, 4.81]),
+            id="(5, 2) and (4, 1) each say that the other is right, once an hour for ever",
+        ),
+        pytest.param(
+            (2.00001, 5534.577969550625, 140.13405453317463),
+            (4, 4),
+            ([2.28, 3.25, 5.01, 0.0, 0.0, 0.5, 3.35, 6.82], [1.0, 3.0, 0.0, 1.21, 0.03, 6.62, 0.0, 3.1]),
+            id="two and three are tried again each for itself: 11 turns in 16 hours",
+        ),
+    ],
 )
-def test_both_counts_at_once_do_not_settle() -> None:
-    wrong = ([1.44, 1.04, 0.0, 1.2, 0.04, 2.78, 3.21, 4.92], [4.53, 1.19, 3.68, 1.0, 0.0, 0.23, 2.78, 4.81])
-    _settles(1.5, 6885.19, 152.761, (1, 1), wrong)
+def test_what_does_not_settle_in_time(
+    load: tuple[float, float, float], counts: tuple[int, int], wrong: tuple[list[float], list[float]]
+) -> None:
+    _settles(*load, counts, wrong)
 
 
 def _settles(
@@ -151,9 +159,9 @@ def _settles(
         made.append(counts)
     for role in (0, 1):
         course = [counts[role] for counts in made]
-        tried = max(len(set(course)) - 1, 1)
-        assert turns(course) <= 2 * tried * (1 + log2(hours)), course[::20]
-        assert turns(course[len(course) // 2 :]) <= 2 * tried, course[::20]
+        assert turns(course) <= 2 * (1 + log2(hours)), course[::20]
+        steady = [counts[role] for counts in made[-int(3600 / PERIOD_S) :]]
+        assert turns(steady) <= 1, steady
 
 
 @given(rules(), st.lists(loads, min_size=1, max_size=6))
