@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import resource
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,10 +21,9 @@ from lanewise.transfer.encoding import Encoding, wire_layout
 from lanewise.transfer.gate import DATA_DOMAIN, Gate
 from lanewise.transfer.keys import Security
 from lanewise.transfer.records import Counters
-from tests.transfer.test_fuzz import CORPUS, MAX_GROWTH_BYTES, mutate
+from tests.transfer.test_fuzz import CORPUS, long_run, mutate
 from tests.transfer.test_messages import END
 
-LONG = int(os.environ.get("LANEWISE_FUZZ_INPUTS", "10000000"))
 MOST_BYTES = 4 << 20
 TOKENS, LAYERS = 70, 1  # more than a unit of an encoding, and no whole number of them
 LAYOUTS = [replace(wire_layout(END.layout, encoding), num_layers=LAYERS) for encoding in WIRE_BITS]
@@ -139,13 +135,4 @@ def test_twenty_thousand_inputs() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ten_million_inputs_in_bounded_memory() -> None:
-    fuzz(100_000, 0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started, done, seed = time.monotonic(), 0, 1
-    while done < LONG and time.monotonic() - started < 1800:
-        fuzz(100_000, seed)
-        done, seed = done + 100_000, seed + 1
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(f"{done} inputs in {time.monotonic() - started:.0f} s, memory grew by {grown >> 10} KiB")
-    assert done >= LONG or time.monotonic() - started >= 1800
-    assert grown < MAX_GROWTH_BYTES
+    long_run(fuzz)
