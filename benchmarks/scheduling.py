@@ -197,6 +197,7 @@ def closed(runs: int, levels: Sequence[int]) -> tuple[dict[str, Any], bool]:
 
 
 def _warm(services: dict[str, Service], load: Load, asks: Sequence[Ask]) -> None:
+    """Prompts as long as those that count, of other text."""
     for number, service in enumerate(services.values()):
         asyncio.run(run(f"grpc://{service.grpc}", load, asks, zlib.crc32(f"warm {load.name} {number}".encode())))
 

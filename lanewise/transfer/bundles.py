@@ -17,6 +17,8 @@ from lanewise.transfer.faults import Frames
 
 MOST = 32
 """Messages that leave together."""
+MESSAGES_PER_TURN = 64
+"""So many, or a bundle more, are heard of one socket; then commands, timers and the other sockets have their turn."""
 
 NOBLOCK = int(zmq.NOBLOCK)  # numbers: combining and looking up the enums costs more than a send
 MORE = int(zmq.SNDMORE) | NOBLOCK

@@ -18,7 +18,7 @@ from lanewise.errors import ConfigError
 from lanewise.transfer import mac
 from lanewise.transfer import messages as m
 from lanewise.transfer.authors import Authors
-from lanewise.transfer.bundles import EMPTY, apart, receive, send_queued
+from lanewise.transfer.bundles import EMPTY, MESSAGES_PER_TURN, apart, receive, send_queued
 from lanewise.transfer.encoding import Encoding
 from lanewise.transfer.faults import Faults, Frames, is_loopback
 from lanewise.transfer.gate import Gate
@@ -41,7 +41,6 @@ from lanewise.transfer.records import (
 from lanewise.transfer.zmq_link import SocketThread, log, make_router
 
 _BYTES_PER_TURN = 4 << 20  # then ACKs go out, and commands and timers have their turn
-_MESSAGES_PER_TURN = 64
 _RETRY_S = 0.01
 
 
@@ -170,7 +169,7 @@ class ReceiverThread(SocketThread):
         if self._gate and self._gate.on_readable(sock):
             return
         heard = taken = 0
-        while heard < _MESSAGES_PER_TURN and taken < _BYTES_PER_TURN:
+        while heard < MESSAGES_PER_TURN and taken < _BYTES_PER_TURN:
             try:
                 name, *frames = receive(sock)
             except zmq.Again:

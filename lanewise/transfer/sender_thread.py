@@ -15,7 +15,7 @@ from msgspec.structs import replace as replace_fields
 from lanewise.errors import ConfigError
 from lanewise.transfer import ipc_link, mac
 from lanewise.transfer import messages as m
-from lanewise.transfer.bundles import apart, receive, send_now, send_queued
+from lanewise.transfer.bundles import MESSAGES_PER_TURN, apart, receive, send_now, send_queued
 from lanewise.transfer.dealers import Connection, open_connection, open_data, writable
 from lanewise.transfer.faults import Faults, Frames, is_loopback
 from lanewise.transfer.keys import Security
@@ -139,7 +139,8 @@ class SenderThread(SocketThread):
         connection = self._by_socket.get(sock)
         if connection is None:
             return
-        for _ in range(64):
+        heard = 0
+        while heard < MESSAGES_PER_TURN:
             try:
                 frames = receive(sock)
             except zmq.Again:
@@ -147,8 +148,10 @@ class SenderThread(SocketThread):
             try:
                 for message, _ in apart(frames):
                     self._hear(connection, message, now)
+                    heard += 1
             except m.MalformedMessage:
                 self.counters.malformed += 1
+                heard += 1
 
     def _hear(self, connection: Connection, message: m.AnyMessage, now: float) -> None:
         if isinstance(message, m.ProbeAck) and self._ways.outlets:
